@@ -1,0 +1,1 @@
+"""Data tools: read, check, caption and bucket pictures."""

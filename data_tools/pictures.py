@@ -1,0 +1,275 @@
+"""One picture file to upright 8-bit sRGB pixels, or one clear reason why not.
+
+Owns decoding: orientation, transparency, colour profiles, bit depth, and every way in which a file
+can be unfit. Doesn't know folders, captions or how a geometry is chosen.
+
+Decisions:
+- A picture's size is its size after EXIF orientation.
+- Transparency is put on white.
+- Colours go to sRGB by the embedded ICC profile (RGB, grey or CMYK). Without a profile, RGB and grey
+  are taken as sRGB and CMYK is converted plainly, which is a guess and noted as one. Profiles that
+  are damaged count as absent. Gamma and cICP chunks of PNG are not read.
+- 16-bit grey is scaled, not clipped. Float and 32-bit integer pixels have no agreed white: refused.
+- Animations and files of several pages are refused. The preview that cameras append to a JPEG (MPO)
+  doesn't count as a page.
+- `probe` decodes a file once in full, so that a truncated one is found before anything is trained.
+  Damage that a decoder papers over without a word (some bit flips in JPEG) can't be found.
+"""
+
+import hashlib
+import io
+import stat
+import warnings
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from data_tools import formats
+from data_tools.buckets import Geometry
+from train.errors import DataError
+
+MAX_PIXELS = 178_000_000
+"""Above this, decoding alone takes over half a gigabyte; Pillow refuses at about the same size."""
+MAX_BYTES = 1 << 30
+"""A larger file is no picture for training; it isn't even read."""
+
+# Pillow's doubts about large pictures and odd metadata: our own checks speak for them.
+warnings.filterwarnings("ignore", category=Warning, module=r"PIL\.")
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES = "1 L LA P PA RGB RGBA RGBX CMYK YCbCr I;16 I;16L I;16B I;16N".split()
+_MODE_OF_SPACE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+_LATE_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+
+
+class PictureError(DataError):
+    """A picture that can't be used: `str` is "path: reason"."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is known of a picture that can be read; sizes in pixels, upright."""
+
+    path: Path
+    width: int
+    height: int
+    format: str
+    sha256: str
+    """Of the file's bytes."""
+    notes: tuple[str, ...] = ()
+    """What was decided for it, such as transparency put on white."""
+
+
+def probe(path: Path, *, proven: Container[str] = frozenset()) -> Probe:
+    """Facts of a picture that is sure to decode.
+
+    It is decoded in full unless its sha256 is in `proven`; then only its header is read.
+    Raises PictureError.
+    """
+    data = _bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    image = _open(path, data)
+    notes = _notes(image)
+    if sha256 not in proven:
+        _decode(path, image)
+    width, height = image.size
+    if _orientation(image, data) >= 5:
+        width, height = height, width
+    return Probe(path, width, height, image.format or "", sha256, notes)
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """The picture upright, 8-bit RGB, sRGB, transparency on white. Raises PictureError."""
+    data = _bytes(path)
+    image = _open(path, data)
+    _decode(path, image)
+    turn = _TURNS.get(_orientation(image, data))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def fit(image: Image.Image, geometry: Geometry) -> Image.Image:
+    """The centre of `image`, as much as has the geometry's aspect, at exactly its size."""
+    size = (geometry.width, geometry.height)
+    if image.size == size:
+        return image
+    scale = max(geometry.width / image.width, geometry.height / image.height)
+    width = min(geometry.width / scale, image.width)
+    height = min(geometry.height / scale, image.height)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, left + width, top + height)
+    # the gap lets Pillow halve a large picture cheaply first; at 3 the result is nearly the same
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError(path, "not a regular file")
+        if status.st_size == 0:
+            raise PictureError(path, "empty file (0 bytes); get it again or remove it")
+        with path.open("rb") as file:
+            head = file.read(4096)
+            what = formats.foreign(head, path)
+            if what:
+                raise PictureError(path, f"this is {what} ({formats.ADVICE})")
+            if status.st_size > MAX_BYTES:
+                size = f"{status.st_size / (1 << 30):.1f} GB"
+                raise PictureError(path, f"{size} is too large a file; the limit is 1 GB")
+            return head + file.read()
+    except OSError as error:
+        broken = path.is_symlink() and not path.exists()
+        reason = "broken link" if broken else f"can't be opened ({error.strerror or error})"
+        raise PictureError(path, reason) from None
+
+
+def _open(path: Path, data: bytes) -> Image.Image:
+    """The picture with its header read and checked; no pixels yet."""
+    Image.init()
+    known = [name for name in formats.READABLE if name in Image.OPEN]
+    try:
+        image = Image.open(io.BytesIO(data), formats=known)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Image.UnidentifiedImageError:
+        raise PictureError(path, f"not a picture, or damaged ({formats.ADVICE})") from None
+    except Image.DecompressionBombError as error:
+        pixels = [int(word) for word in str(error).replace("(", " ").split() if word.isdigit()]
+        raise _too_large(path, max(pixels)) from None
+    except Exception as error:  # decoders raise whatever a hostile header leads them to
+        raise _damaged(path, error) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(path, image.width * image.height)
+    if frames > 1:
+        reason = f"{frames} frames or pages; export the one you want as a PNG"
+        raise PictureError(path, reason)
+    # PGM of 16 bits comes as 32-bit integers up to 65535; other formats' have no fixed range
+    if image.mode not in _MODES and (image.mode, image.format) != ("I", "PPM"):
+        reason = f"pixels of type {image.mode} (float, 32-bit or Lab) aren't read"
+        raise PictureError(path, f"{reason}; save it as 8 or 16 bits a channel, RGB or grey")
+    return image
+
+
+def _decode(path: Path, image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # decoders raise whatever a hostile file leads them to
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> PictureError:
+    why = str(error) or type(error).__name__
+    return PictureError(path, f"damaged or cut off ({why}); get it again or save it anew")
+
+
+def _too_large(path: Path, pixels: int) -> PictureError:
+    limit = f"the limit is {MAX_PIXELS // 10**6}"
+    return PictureError(path, f"{pixels // 10**6} megapixels; {limit}, scale it down")
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation still to be applied, 1 to 8."""
+    if image.format == "TIFF":
+        return 1  # Pillow applies it itself, to size and pixels
+    if image.format == "PNG" and not any(mark in data for mark in _LATE_METADATA):
+        return 1  # asking Pillow would decode the whole file, for chunks behind the pixels
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing, as in every viewer
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The embedded ICC profile, if it is sound and of the picture's own kind of colour."""
+    icc = image.info.get("icc_profile")
+    if not icc:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    mode = _MODE_OF_SPACE.get(profile.profile.xcolor_space.strip())
+    return None if mode is None or (mode == "CMYK") != (image.mode == "CMYK") else profile
+
+
+def _notes(image: Image.Image) -> tuple[str, ...]:
+    notes = []
+    if image.has_transparency_data:
+        notes.append("transparency is put on white")
+    if image.mode == "CMYK" and _profile(image) is None:
+        notes.append("CMYK without a usable colour profile: its colours are a guess")
+    return tuple(notes)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture's pixels, as RGB in sRGB."""
+    alpha = None
+    if image.mode.startswith("I"):
+        image, alpha = _from_16_bits(image)
+    elif image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    rgb = _to_srgb(image)
+    if alpha is None:
+        return rgb
+    white = Image.new("RGB", rgb.size, "white")
+    white.paste(rgb, mask=alpha)
+    return white
+
+
+def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 16 bits as 8 (rounded), and its alpha if one value is marked transparent."""
+    grey = np.asarray(image).astype(np.uint32)
+    alpha = None
+    if "transparency" in image.info:
+        opaque = grey != image.info["transparency"]
+        alpha = Image.fromarray((opaque * 255).astype(np.uint8))
+    result = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if "icc_profile" in image.info:
+        result.info["icc_profile"] = image.info["icc_profile"]
+    return result, alpha
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = _profile(image)
+    if profile is None:
+        return _opaque(image, "RGB")
+    mode = _MODE_OF_SPACE[profile.profile.xcolor_space.strip()]
+    try:
+        transform = ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except ImageCms.PyCMSError:
+        return _opaque(image, "RGB")
+    result = ImageCms.applyTransform(_opaque(image, mode), transform)
+    assert result is not None
+    return result
+
+
+def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    """Colours alone. Palettes go by way of RGBA: straight to RGB, Pillow may blend their alpha."""
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)

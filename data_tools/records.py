@@ -1,0 +1,259 @@
+"""A folder to records: each a target picture, its caption, and the references of an edit.
+
+Owns what a data set is, and the verdict on it: `survey` looks at everything and collects what is
+wrong, `read` stops if anything is. Reads the folder and never writes to it. Doesn't make pixels
+(`pictures`) and doesn't choose sizes (`buckets`), but asks both whether a picture can be used.
+
+The records are held as a `datasets.Dataset` (Arrow): a hundred thousand cost some 30 MB.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from tqdm import tqdm
+
+from data_tools import buckets, captions, folder, formats, pictures, sources
+from data_tools.captions import CaptionError
+from data_tools.pictures import PictureError, Probe
+from data_tools.sources import Draft, Fault, Note
+from train.config import DataConfig
+from train.errors import DataError, bullet_list
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing to learn. Sizes in pixels, upright."""
+
+    target: Path
+    references: tuple[Path, ...]
+    caption: str
+    """As it is trained: trigger included."""
+    name: str
+    """The target's path relative to the folder, with forward slashes."""
+    caption_source: str
+    """Where the caption comes from, for messages: a relative path, maybe with a line number."""
+    width: int
+    height: int
+    sha256: str
+    """Of the target file's bytes."""
+    reference_sha256: tuple[str, ...] = ()
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+
+
+class Records(Sequence[Record]):
+    """Records in their order, out of an Arrow table."""
+
+    def __init__(self, table: "datasets.Dataset", *, root: Path) -> None:
+        self.table = table
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._record(self.table[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        for batch in self.table.iter(batch_size=1000):  # one by one costs ten times as much
+            columns = dict(batch)
+            for values in zip(*columns.values(), strict=True):
+                yield self._record(dict(zip(columns, values, strict=True)))
+
+    def _record(self, row: dict) -> Record:
+        return Record(
+            target=self._root / row["name"],
+            references=tuple(self._root / name for name in row["references"]),
+            caption=row["caption"],
+            name=row["name"],
+            caption_source=row["caption_source"],
+            width=row["width"],
+            height=row["height"],
+            sha256=row["sha256"],
+            reference_sha256=tuple(row["reference_sha256"]),
+            reference_sizes=tuple((w, h) for w, h in row["reference_sizes"]),
+        )
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A folder as read."""
+
+    records: Records
+    faults: tuple[Fault, ...]
+    """What can't be used, in natural order. From `read`: the pictures that were skipped."""
+    notes: tuple[Note, ...]
+    """What is odd but may be meant."""
+    digest: str
+    """sha256 over contents in order: pictures, captions, references. Not over names."""
+
+
+def read(
+    data: DataConfig, *, proven: Container[str] = frozenset(), progress: bool = True
+) -> Collection:
+    """The records of a folder, all fit for training.
+
+    proven: sha256 of pictures known to decode, which are then only hashed, not decoded again.
+    Raises one DataError that lists every fault; with bad_pictures: skip, unfit pictures are left
+    out instead and stay listed in `faults`.
+    """
+    collection = survey(data, proven=proven, progress=progress)
+    grave = [
+        fault for fault in collection.faults if data.bad_pictures == "error" or not fault.skippable
+    ]
+    if not grave and len(collection.records):
+        return collection
+    faults = grave or collection.faults
+    lines = [f"{fault.path}: {fault.reason}" for fault in faults]
+    if not grave:
+        title = f"{data.path}: no picture is left; these can't be used:"
+    elif all(fault.skippable for fault in grave):
+        title = f"{data.path}: mend or remove these, or set data.bad_pictures to skip:"
+    else:
+        title = f"{data.path}: these must be mended first:"
+    raise DataError(bullet_list(title, lines))
+
+
+def survey(
+    data: DataConfig, *, proven: Container[str] = frozenset(), progress: bool = True
+) -> Collection:
+    """Everything about a folder, with its faults collected. A record stays in if only its caption
+    is at fault, with the caption as it is. Raises DataError if there is no folder or no picture.
+    """
+    root = Path(data.path).expanduser()
+    found = folder.listing(root)
+    gathered = sources.gather(root, found)
+    if not found.pictures and not gathered.drafts and not gathered.faults:
+        raise DataError(f"{root}: no pictures in this folder ({formats.ADVICE})")
+    names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
+    probes = _probe_all(root, list(names), proven=proven, progress=progress)
+    faults, notes = list(gathered.faults), list(gathered.notes)
+    for name, probe in probes.items():
+        if isinstance(probe, PictureError):
+            faults.append(Fault(name, probe.reason, skippable=True))
+        else:
+            notes += [Note(name, text) for text in probe.notes]
+    records = [
+        record
+        for draft in gathered.drafts
+        if (record := _record(draft, root=root, probes=probes, data=data, faults=faults))
+    ]
+    return Collection(
+        Records(_table(records), root=root),
+        tuple(sorted(faults, key=lambda fault: folder.natural(fault.path))),
+        tuple(sorted(notes, key=lambda note: folder.natural(note.path))),
+        _digest(records),
+    )
+
+
+def _probe_all(
+    root: Path, names: Sequence[str], *, proven: Container[str], progress: bool
+) -> dict[str, Probe | PictureError]:
+    def look(name: str) -> Probe | PictureError:
+        try:
+            return pictures.probe(root / name, proven=proven)
+        except PictureError as error:
+            return error
+
+    # decoding leaves Python's lock; more threads would hold more large pictures at once
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    try:
+        found = tqdm(
+            pool.map(look, names),
+            total=len(names),
+            desc="check pictures",
+            delay=2,
+            disable=not progress,
+        )
+        return dict(zip(names, found, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _record(
+    draft: Draft,
+    *,
+    root: Path,
+    probes: dict[str, Probe | PictureError],
+    data: DataConfig,
+    faults: list[Fault],
+) -> Record | None:
+    """A draft whose pictures can be used, else None; what is wrong goes to `faults`."""
+    caption = draft.caption
+    try:
+        caption = captions.complete(caption, data=data)
+    except CaptionError as error:
+        faults.append(Fault(draft.source if draft.caption else draft.name, str(error)))
+    target = probes[draft.name]
+    references = [probes[name] for name in draft.references]
+    sound = [probe for probe in references if isinstance(probe, Probe)]
+    if len(sound) < len(references):
+        bad = [n for n in draft.references if isinstance(probes[n], PictureError)]
+        faults.append(Fault(draft.name, f"its reference {bad[0]} can't be used", skippable=True))
+        return None
+    if isinstance(target, PictureError):
+        return None
+    try:
+        buckets.plan([target], data=data)
+    except DataError as error:
+        faults.append(Fault(draft.name, str(error), skippable=True))
+        return None
+    return Record(
+        target=root / draft.name,
+        references=tuple(root / name for name in draft.references),
+        caption=caption,
+        name=draft.name,
+        caption_source=draft.source,
+        width=target.width,
+        height=target.height,
+        sha256=target.sha256,
+        reference_sha256=tuple(probe.sha256 for probe in sound),
+        reference_sizes=tuple((probe.width, probe.height) for probe in sound),
+    )
+
+
+def _table(records: Sequence[Record]) -> "datasets.Dataset":
+    from datasets import Dataset, Features, List, Value  # over a second: not before it is needed
+
+    text, size = Value("string"), Value("int32")
+    features = Features(
+        {
+            "name": text,
+            "caption": text,
+            "caption_source": text,
+            "width": size,
+            "height": size,
+            "sha256": text,
+            "references": List(text),
+            "reference_sha256": List(text),
+            "reference_sizes": List(List(size, length=2)),
+        }
+    )
+    columns = {name: [getattr(record, name) for record in records] for name in features}
+    columns["references"] = [
+        [str(path.relative_to(records[0].target.parents[0])) for path in record.references]
+        for record in records
+    ]
+    return Dataset.from_dict(columns, features=features)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256(b"kindling records 1\n")
+    for record in records:
+        facts = [record.sha256, record.caption, record.reference_sha256]
+        digest.update(json.dumps(facts, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()

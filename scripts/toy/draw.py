@@ -1,0 +1,261 @@
+"""Procedural pictures: the toy base's whole world, and the words for it.
+
+Owns what a scene is, how it is drawn and how it is described. Knows nothing of models,
+nor of the character and the style that the demo teaches (see `character.py`).
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image, ImageDraw
+
+RGB = tuple[int, int, int]
+Points = list[tuple[float, float]]
+
+COLOURS: dict[str, RGB] = {
+    "red": (218, 38, 44),
+    "orange": (248, 138, 28),
+    "yellow": (250, 216, 50),
+    "green": (46, 160, 70),
+    "blue": (40, 92, 214),
+    "purple": (128, 52, 170),
+    "pink": (246, 140, 190),
+    "white": (250, 250, 248),
+    "black": (26, 26, 30),
+}
+PAPERS: dict[str, RGB] = COLOURS | {"gray": (150, 152, 156)}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
+KINDS = ("plain", "striped", "night", "meadow")
+
+PLACES = {
+    "left": (0.27, 0.5),
+    "right": (0.73, 0.5),
+    "top": (0.5, 0.27),
+    "bottom": (0.5, 0.73),
+    "centre": (0.5, 0.5),
+}
+# What cannot be told apart at a glance: white on yellow reads as paper, blue on night as sky.
+CLOSE = {("plain", "white"): {"yellow"}, ("plain", "yellow"): {"white"}}
+HIDDEN = {"night": {"black", "blue", "purple"}, "meadow": {"blue", "green", "white"}}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: `size` is its diameter in units of the picture's short side."""
+
+    shape: str
+    colour: str
+    size: float
+    x: float
+    y: float
+
+    @property
+    def place(self) -> str:
+        """The nearest named place."""
+        return min(PLACES, key=lambda name: math.dist(PLACES[name], (self.x, self.y)))
+
+
+@dataclass(frozen=True)
+class Background:
+    """`colour` matters for the kinds plain and striped only."""
+
+    kind: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to three things before a background; positions are fractions of width and height."""
+
+    background: Background
+    things: tuple[Thing, ...]
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sample_background(rng: random.Random) -> Background:
+    kind = rng.choices(KINDS, weights=(76, 10, 7, 7))[0]
+    names = list(PAPERS) if kind == "plain" else ["red", "green", "blue", "purple", "gray"]
+    return Background(kind=kind, colour=rng.choice(names))
+
+
+def colours_before(background: Background) -> list[str]:
+    """Object colours that stand out from this background."""
+    if background.kind in HIDDEN:
+        return [name for name in COLOURS if name not in HIDDEN[background.kind]]
+    hidden = {background.colour} | CLOSE.get((background.kind, background.colour), set())
+    if background.kind == "striped":
+        hidden |= {"white", "pink"}
+    return [name for name in COLOURS if name not in hidden]
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """Mostly one thing, sometimes two or three alike, sometimes two different ones."""
+    background = sample_background(rng)
+    palette = colours_before(background)
+    form = rng.choices(("one", "alike", "pair"), weights=(68, 14, 18))[0]
+    if form == "one":
+        things = (sample_one(rng, palette),)
+    elif form == "alike":
+        things = sample_alike(rng, palette)
+    else:
+        things = sample_pair(rng, palette)
+    return Scene(background=background, things=things)
+
+
+def jitter(rng: random.Random, place: str, *, by: float) -> tuple[float, float]:
+    x, y = PLACES[place]
+    return x + rng.uniform(-by, by), y + rng.uniform(-by, by)
+
+
+def sample_one(rng: random.Random, palette: list[str]) -> Thing:
+    shape, colour = rng.choice(SHAPES), rng.choice(palette)
+    if rng.random() < 0.62:
+        x, y = jitter(rng, "centre", by=0.05)
+        size = rng.choice((rng.uniform(0.30, 0.38), rng.uniform(0.44, 0.54), rng.uniform(0.60, 0.70)))
+    else:
+        x, y = jitter(rng, rng.choice(("left", "right", "top", "bottom")), by=0.03)
+        size = rng.uniform(0.36, 0.46)
+    return Thing(shape=shape, colour=colour, size=size, x=x, y=y)
+
+
+def sample_alike(rng: random.Random, palette: list[str]) -> tuple[Thing, ...]:
+    """Two or three of the same shape, colour and size, in a row or a triangle."""
+    rows = {
+        2: (((0.28, 0.5), (0.72, 0.5)), ((0.3, 0.3), (0.7, 0.7))),
+        3: (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), ((0.27, 0.7), (0.5, 0.27), (0.73, 0.7))),
+    }
+    count = rng.choice((2, 3))
+    spots = rng.choice(rows[count])
+    shape, colour = rng.choice(SHAPES), rng.choice(palette)
+    size = rng.uniform(0.32, 0.38) if count == 2 else rng.uniform(0.25, 0.28)
+    dx, dy = rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03)
+    return tuple(Thing(shape=shape, colour=colour, size=size, x=x + dx, y=y + dy) for x, y in spots)
+
+
+def sample_pair(rng: random.Random, palette: list[str]) -> tuple[Thing, ...]:
+    """Two different things, side by side or one above the other."""
+    places = rng.choice((("left", "right"), ("left", "right"), ("top", "bottom")))
+    shapes = rng.sample(SHAPES, 2)
+    colours = rng.sample(palette, 2)
+    size = rng.uniform(0.33, 0.41)
+    things = []
+    for place, shape, colour in zip(places, shapes, colours, strict=True):
+        x, y = jitter(rng, place, by=0.02)
+        things.append(Thing(shape=shape, colour=colour, size=size, x=x, y=y))
+    return tuple(things)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def arc(radius: float, *, cx: float = 0.0, cy: float = 0.0) -> Points:
+    turns = [2 * math.pi * i / 64 for i in range(64)]
+    return [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in turns]
+
+
+def star_points() -> Points:
+    radii = [1.0 if i % 2 == 0 else 0.46 for i in range(10)]
+    return [
+        (r * math.sin(math.pi * i / 5), 0.06 - r * math.cos(math.pi * i / 5))
+        for i, r in enumerate(radii)
+    ]
+
+
+def heart_points() -> Points:
+    turns = [2 * math.pi * i / 64 for i in range(64)]
+    return [
+        (
+            math.sin(a) ** 3,
+            -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16,
+        )
+        for a in turns
+    ]
+
+
+@cache
+def outline(shape: str) -> tuple[Points, Points]:
+    """(filled polygon, hole) in the square [-1, 1]^2, y downwards; the hole may be empty."""
+    if shape == "circle":
+        return arc(0.95), []
+    if shape == "ring":
+        return arc(1.0), arc(0.52)
+    if shape == "moon":
+        return arc(0.98), arc(0.80, cx=0.50, cy=-0.10)
+    if shape == "star":
+        return star_points(), []
+    if shape == "heart":
+        return heart_points(), []
+    if shape == "square":
+        return [(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)], []
+    if shape == "triangle":
+        return [(0.0, -0.92), (1.0, 0.82), (-1.0, 0.82)], []
+    if shape == "cross":
+        a, b = 0.34, 0.96
+        return [
+            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
+        ], []  # fmt: skip
+    raise AssertionError(f"no outline for {shape!r}")
+
+
+def stencil(shape: str, *, size: tuple[int, int], centre: tuple[float, float], radius: float):
+    """The shape as an L image: 255 inside, 0 outside; `centre` and `radius` in its pixels."""
+
+    def place(points: Points) -> Points:
+        return [(centre[0] + radius * x, centre[1] + radius * y) for x, y in points]
+
+    image = Image.new("L", size)
+    pen = ImageDraw.Draw(image)
+    body, hole = outline(shape)
+    pen.polygon(place(body), fill=255)
+    if hole:
+        pen.polygon(place(hole), fill=0)
+    return image
+
+
+def mix(one: RGB, other: RGB, amount: float) -> RGB:
+    red, green, blue = (round(a + (b - a) * amount) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+NIGHT_STARS = ((0.12, 0.14), (0.86, 0.1), (0.08, 0.6), (0.93, 0.52), (0.2, 0.9), (0.8, 0.88))
+
+
+def draw_background(background: Background, width: int, height: int) -> Image.Image:
+    """The background alone, not antialiased: draw it large and shrink it."""
+    short = min(width, height)
+    image = Image.new("RGB", (width, height), PAPERS[background.colour])
+    pen = ImageDraw.Draw(image)
+    if background.kind == "striped":
+        band, light = short / 8, mix(PAPERS[background.colour], (255, 255, 255), 0.45)
+        for i in range(0, math.ceil(width / band), 2):
+            pen.rectangle((i * band, 0, (i + 1) * band - 1, height), fill=light)
+    elif background.kind == "night":
+        for y in range(height):
+            pen.line((0, y, width, y), fill=mix((10, 14, 52), (64, 60, 128), y / height))
+        for x, y in NIGHT_STARS:
+            r = short / 60
+            pen.ellipse(
+                (x * width - r, y * height - r, x * width + r, y * height + r), fill=(250, 246, 210)
+            )
+    elif background.kind == "meadow":
+        pen.rectangle((0, 0, width, height), fill=(150, 208, 240))
+        pen.rectangle((0, round(0.62 * height), width, height), fill=(112, 190, 84))
+    return image
+
+
+def draw(scene: Scene, width: int, height: int) -> Image.Image:
+    """The scene at any size, antialiased."""
+    factor = 4 if max(width, height) <= 128 else 2
+    big = (width * factor, height * factor)
+    image = draw_background(scene.background, *big)
+    short = min(big)
+    for thing in scene.things:
+        centre = (thing.x * big[0], thing.y * big[1])
+        mask = stencil(thing.shape, size=big, centre=centre, radius=thing.size * short / 2)
+        image.paste(COLOURS[thing.colour], (0, 0, *big), mask)
+    return image.resize((width, height), Image.Resampling.BOX)

@@ -1,0 +1,183 @@
+"""The toy base's VAE: an AutoencoderKLFlux2 of half a million parameters, and its training.
+
+Owns the reconstruction loss, the clutter that keeps the VAE from knowing only our shapes,
+and the bn statistics. Knows nothing of captions or of the transformer.
+"""
+
+import math
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2
+from PIL import Image, ImageDraw
+
+from scripts.toy.draw import draw, sample_scene
+from scripts.toy.progress import Progress
+
+LATENT_CHANNELS = 16
+CLUTTER_SHARE = 0.3
+
+
+def new_vae() -> AutoencoderKLFlux2:
+    """Four levels, so 8x smaller latents like the real one; every width a twelfth of it."""
+    return AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """Pictures of one size as (B, 3, H, W) uint8."""
+    stacked = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+
+def to_unit(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] to float in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def draw_clutter(rng: random.Random, *, size: int) -> Image.Image:
+    """Overlapping blobs, boxes, lines and dots in any colour: edges and hues beyond our shapes."""
+
+    def colour() -> tuple[int, int, int]:
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+    big = 4 * size
+    image = Image.new("RGB", (big, big), colour())
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.randint(3, 9)):
+        x, y = rng.uniform(0, big), rng.uniform(0, big)
+        w, h = (big * rng.uniform(0.05, 0.3) for _ in range(2))
+        box = (x - w, y - h, x + w, y + h)
+        edge = colour() if rng.random() < 0.4 else None
+        kind = rng.random()
+        if kind < 0.5:
+            pen.ellipse(box, fill=colour(), outline=edge, width=big // 28)
+        elif kind < 0.65:
+            pen.rounded_rectangle(box, radius=w / 3, fill=colour(), outline=edge, width=big // 28)
+        elif kind < 0.85:
+            corners = [(x + rng.uniform(-w, w) * 1.5, y + rng.uniform(-h, h) * 1.5) for _ in range(3)]
+            pen.polygon(corners, fill=colour(), outline=edge, width=big // 28)
+        else:
+            pen.line((x - w, y, x + w, y + rng.uniform(-h, h)), fill=colour(), width=big // 24)
+    if rng.random() < 0.3:
+        dot, step, radius = colour(), big / rng.randint(7, 12), big / 90
+        for i in range(1, 12):
+            for j in range(1, 12):
+                x, y = i * step, j * step
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=dot)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def vae_pictures(count: int, *, seed: int, size: int) -> torch.Tensor:
+    """(count, 3, size, size) uint8: scenes and clutter, shuffled."""
+    rng = random.Random(seed)
+    images = []
+    for _ in range(count):
+        if rng.random() < CLUTTER_SHARE:
+            images.append(draw_clutter(rng, size=size))
+        else:
+            images.append(draw(sample_scene(rng), size, size))
+    return to_pixels(images)
+
+
+def edges(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x_BCHW.diff(dim=-1), x_BCHW.diff(dim=-2)
+
+
+def reconstruction_loss(guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 MSE, plus L1 between the pixel differences: thin, sharp edges count."""
+    loss = F.l1_loss(guess, truth) + 2 * F.mse_loss(guess, truth)
+    for a, b in zip(edges(guess), edges(truth), strict=True):
+        loss = loss + 0.5 * F.l1_loss(a, b)
+    return loss
+
+
+def train_vae(
+    vae: AutoencoderKLFlux2,
+    pixels: torch.Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Train in place; `pixels` is (N, 3, H, W) uint8. Cosine decay after a short warm-up."""
+    generator = torch.Generator().manual_seed(seed)
+    vae.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_cosine(i, total=steps))
+    for step in range(steps):
+        rows = torch.randint(len(pixels), (batch,), generator=generator)
+        truth = to_unit(pixels[rows]).to(device, memory_format=torch.channels_last)
+        posterior = vae.encode(truth).latent_dist
+        guess = vae.decode(posterior.sample()).sample
+        loss = reconstruction_loss(guess, truth) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.tell(step + 1, total=steps, loss=loss.detach())
+    vae.eval()
+
+
+def warm_cosine(step: int, *, total: int, warm: int = 100) -> float:
+    """Learning-rate factor: linear to 1 over `warm` steps, then a cosine to 1 % of it."""
+    rise = min(1.0, (step + 1) / warm)
+    return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """uint8 (B, 3, H, W) through the latents' mode and back to uint8."""
+    truth = to_unit(pixels).to(device)
+    guess = vae.decode(vae.encode(truth).latent_dist.mode()).sample
+    return ((guess.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def psnr(guess: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB, on uint8."""
+    mse = (guess.float() - truth.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-2)
+    return (10 * torch.log10(255**2 / mse)).mean().item()
+
+
+@torch.no_grad()
+def patch_latents(vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """(N, 3, H, W) uint8 to (N, 4C, H/16, W/16), 2x2 patches in channel order (c, pi, pj), raw."""
+    parts = []
+    for chunk in pixels.split(256):
+        z = vae.encode(to_unit(chunk).to(device)).latent_dist.mode()
+        b, c, h, w = z.shape
+        z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        parts.append(z.reshape(b, 4 * c, h // 2, w // 2).cpu())
+    return torch.cat(parts)
+
+
+def set_bn_statistics(vae: AutoencoderKLFlux2, patches: torch.Tensor) -> None:
+    """Write the channel-wise mean and variance of raw patch latents into `vae.bn`."""
+    mean, variance = patches.mean(dim=(0, 2, 3)), patches.var(dim=(0, 2, 3))
+    running_mean, running_var = vae.bn.running_mean, vae.bn.running_var
+    assert running_mean is not None and running_var is not None
+    running_mean.copy_(mean)
+    running_var.copy_(variance)
+
+
+def normalise(vae: AutoencoderKLFlux2, patches: torch.Tensor) -> torch.Tensor:
+    """Raw patch latents to the transformer's space: bn statistics, eps inside the root, fp32."""
+    mean, variance = vae.bn.running_mean, vae.bn.running_var
+    assert mean is not None and variance is not None
+    scale = torch.sqrt(variance.float() + vae.config["batch_norm_eps"])
+    shape = (1, -1, 1, 1)
+    return (patches - mean.float().cpu().reshape(shape)) / scale.cpu().reshape(shape)

@@ -1,0 +1,27 @@
+"""Shared fixtures. Nothing here or in any test may reach a hub."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base of dev's classes."""
+    return tiny.make_dev(tmp_path_factory.mktemp("base") / "dev")
+
+
+@pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base of klein's classes."""
+    return tiny.make_klein(tmp_path_factory.mktemp("base") / "klein")

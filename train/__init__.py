@@ -1,0 +1,1 @@
+"""The trainer: config, base models, encoding, training, checkpoints, export."""

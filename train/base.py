@@ -1,0 +1,238 @@
+"""Base models: what distinguishes them, where they are, and loading their parts one by one.
+
+A base is a folder in diffusers' layout, local or on the hub. Owns loading, not encoding or
+training. Each part is fetched and loaded when it is needed and not before.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.config import BaseConfig
+from train.errors import ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        DiffusionPipeline,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2Transformer2DModel,
+    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOY_FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "toy" / "base"
+
+NAMED_BASES = {
+    "dev": "black-forest-labs/FLUX.2-dev",
+    "klein-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "toy": str(TOY_FOLDER),
+}
+"""klein means the base checkpoints: an adapter trained on a distilled one draws grey pictures."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+MAX_TEXT_TOKENS = 512
+"""Prompts are padded and cut to this, or to the tokenizer's own limit where that is smaller."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What dev and klein do differently."""
+
+    name: str
+    pipeline: str
+    text_encoder: str
+    text_layers: tuple[int, int, int]
+    padding_side: str
+    true_cfg: bool
+
+
+FAMILIES = {
+    "Flux2Pipeline": Family(
+        "dev", "Flux2Pipeline", "Mistral3ForConditionalGeneration", (10, 20, 30), "left", False
+    ),
+    "Flux2KleinPipeline": Family(
+        "klein", "Flux2KleinPipeline", "Qwen3ForCausalLM", (9, 18, 27), "right", True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that exists: `name` as the user gave it, `source` a folder or a hub repository."""
+
+    name: str
+    source: str
+    revision: str | None
+    family: Family
+    distilled: bool
+    dtype: torch.dtype
+
+    def folder(self, part: str) -> Path:
+        """The local folder of one part, fetched first if the base is on the hub."""
+        if Path(self.source).is_dir():
+            folder = Path(self.source) / part
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"base.model: {self.source} has no folder '{part}'. "
+                    "It must be a whole diffusers folder, as save_pretrained writes it."
+                )
+            return folder
+        from huggingface_hub import snapshot_download
+
+        def download() -> str:
+            return snapshot_download(
+                self.source, revision=self.revision, allow_patterns=[f"{part}/*"]
+            )
+
+        return Path(_from_hub(self.source, download)) / part
+
+    def load_vae(self, device: torch.device) -> "AutoencoderKLFlux2":
+        """The VAE in fp32: rounding it to bf16 would be baked into every cached latent."""
+        from diffusers import AutoencoderKLFlux2
+
+        vae = AutoencoderKLFlux2.from_pretrained(self.folder("vae"), dtype=torch.float32)
+        return vae.requires_grad_(False).eval().to(device)  # pyright: ignore
+
+    def load_transformer(self, device: torch.device) -> "Flux2Transformer2DModel":
+        """The transformer, frozen, in the base's type."""
+        from diffusers import Flux2Transformer2DModel
+
+        transformer = Flux2Transformer2DModel.from_pretrained(
+            self.folder("transformer"), dtype=self.dtype
+        )
+        return transformer.requires_grad_(False).eval().to(device)
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer with its chat template; for dev without its image processor."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder("tokenizer"))
+
+    def load_text_encoder(self, device: torch.device) -> "PreTrainedModel":
+        """The text encoder, frozen, in the base's type."""
+        import transformers
+
+        model_class = getattr(transformers, self.family.text_encoder)
+        model = model_class.from_pretrained(self.folder("text_encoder"), dtype=self.dtype)
+        return model.requires_grad_(False).eval().to(device)
+
+    def load_scheduler(self) -> "FlowMatchEulerDiscreteScheduler":
+        """The sampler's noise schedule."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder("scheduler"))
+
+    def pipeline(
+        self,
+        *,
+        scheduler: Any = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        transformer: Any = None,
+    ) -> "DiffusionPipeline":
+        """diffusers' own pipeline of this family around the parts at hand; others stay None."""
+        import diffusers
+
+        parts = {
+            "scheduler": scheduler,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+            "transformer": transformer,
+        }
+        if self.family.true_cfg:
+            parts["is_distilled"] = self.distilled
+        return getattr(diffusers, self.family.pipeline)(**parts)
+
+
+def max_text_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Length that prompts are padded and cut to."""
+    return min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+
+
+def resolve(config: BaseConfig) -> Base:
+    """Find the base, read what it is, and refuse what can't be trained.
+
+    Raises ConfigError for a folder or repository that isn't a FLUX.2 base and MachineError where
+    the hub needs a login, a licence or a connection.
+    """
+    source = NAMED_BASES.get(config.model, config.model)
+    index, revision = _read_index(source, config.revision)
+    family = FAMILIES.get(index.get("_class_name", ""))
+    if family is None:
+        raise ConfigError(
+            f"base.model: {source} is a {index.get('_class_name', 'model without a class name')}; "
+            f"Kindling trains {' and '.join(FAMILIES)}."
+        )
+    distilled = bool(index.get("is_distilled", False))
+    if distilled and not config.allow_distilled:
+        raise ConfigError(
+            f"base.model: {source} is step-distilled; an adapter trained on it draws grey, generic "
+            "pictures. Train on its base checkpoint (klein-4b, klein-9b): the adapter works on the "
+            "distilled one too. base.allow_distilled: true insists."
+        )
+    return Base(config.model, source, revision, family, distilled, DTYPES[config.dtype])
+
+
+def _read_index(source: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
+    """The pipeline's model_index.json and, for the hub, the commit that it is of."""
+    if Path(source).is_dir():
+        path, commit = Path(source) / "model_index.json", None
+        if revision is not None:
+            raise ConfigError(f"base.revision: {source} is a local folder and has no revisions")
+        if not path.is_file():
+            raise ConfigError(
+                f"base.model: {source} has no model_index.json. It must be a diffusers folder; "
+                "a single .safetensors file isn't one."
+            )
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        known = ", ".join(NAMED_BASES)
+        raise ConfigError(
+            f"base.model: there is no folder {source}, and it isn't a hub repository "
+            f"(owner/name) or one of {known}."
+        )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        def download() -> str:
+            return hf_hub_download(source, "model_index.json", revision=revision)
+
+        path = Path(_from_hub(source, download))
+        commit = path.parent.name
+    return json.loads(path.read_text(encoding="utf-8")), commit
+
+
+def _from_hub(repository: str, download: Callable[[], str]) -> str:
+    """Run a download and say what to do where it can't."""
+    from huggingface_hub import errors
+
+    page = f"huggingface.co/{repository}"
+    try:
+        return download()
+    except errors.GatedRepoError:
+        problem = (
+            f"{repository} is gated. Accept its licence on {page}, then log in on this machine "
+            "with `hf auth login` (or set HF_TOKEN)."
+        )
+    except errors.RevisionNotFoundError:
+        problem = f"{repository} has no such base.revision; its revisions are listed on {page}."
+    except errors.RepositoryNotFoundError:
+        problem = (
+            f"{repository} isn't on the hub, or is private and this login can't see it. "
+            f"Check its name on {page}, and `hf auth login`."
+        )
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        problem = (
+            f"{repository} isn't on this machine and the hub can't be reached. Connect once, or "
+            "unset HF_HUB_OFFLINE, or give base.model a local diffusers folder."
+        )
+    except errors.HfHubHTTPError as error:
+        problem = f"the hub refused {repository}: {error}. `kindling doctor` checks the login."
+    raise MachineError(f"base.model: {problem}")

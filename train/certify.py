@@ -1,0 +1,380 @@
+"""Proof that an exported file does what the trained adapter does, in diffusers and in ComfyUI.
+
+diffusers is asked itself: its real loader loads the file into a real pipeline, the loaded weights
+and the transformer's output are compared with the trained adapter's. ComfyUI is read by `comfyui`.
+Owns the comparison, its bounds and the certificate; makes no file of its own but that.
+
+Bounds. A file stores fl(A) and fl(scale * B): |fl(x) - x| <= u |x| + eta, with u the unit roundoff
+of its type and eta half its smallest number. So, whatever the values,
+  |dW_file - dW|_F <= |E_B|_F |A|_2 + |B|_2 |E_A|_F + |E_B|_F |E_A|_F,  |E_X|_F <= u |X|_F + eta sqrt(n)
+and that is the bound on each module's update. u and eta are the sum over the types that the numbers
+pass through: the file's, fp32 for the folding, and the transformer's, to which diffusers converts.
+The output is no linear function of the updates. Its bound is argued, not proven: 8 u of the
+adapter's effect (two rounded factors, and fourfold for updates that partly cancel in the output)
+and 16 unit roundoffs of the transformer's type of the output itself (it computes in that type).
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from train import comfyui, export, lora
+from train.config import LoraConfig
+from train.lora import Adapter
+
+LOADED = "certified"
+IMAGE_SIDE, TEXT_TOKENS = 4, 8
+PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
+TINY = 1e-300
+"""Stands for zero in a denominator."""
+
+Factors = tuple[Tensor, Tensor]
+"""An update as up @ down, fp64: (out, k) and (k, in)."""
+
+
+@dataclass(frozen=True)
+class Roundoff:
+    """|fl(x) - x| <= unit * |x| + tiny."""
+
+    unit: float
+    tiny: float
+
+    @classmethod
+    def of(cls, *dtypes: torch.dtype) -> "Roundoff":
+        """Of numbers that are rounded to each of these types in turn."""
+        infos = [torch.finfo(dtype) for dtype in dtypes]
+        return cls(
+            sum(info.eps / 2 for info in infos),
+            sum(info.smallest_normal * info.eps / 2 for info in infos),
+        )
+
+    def error(self, weight: Tensor) -> float:
+        """Bound on the Frobenius norm of a rounded matrix's error."""
+        norm = torch.linalg.matrix_norm(weight).item()
+        return self.unit * norm + self.tiny * math.sqrt(weight.numel())
+
+
+def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
+    """A JSON-able certificate of one exported file.
+
+    adapter: as trained. pipeline: a Flux2Pipeline or Flux2KleinPipeline around the frozen base
+    transformer, without adapters; its other parts may be None. Everything runs on the transformer's
+    device and in its type; the transformer is handed back as it was. `passed` is false, with plain
+    reasons, if a loader ignores a key, applies another strength or gives another output. Raises
+    CheckpointError if the file can't be read at all.
+    """
+    transformer = pipeline.transformer
+    assert not _layers(transformer), "the transformer already has an adapter"
+    tensors, _ = export.load(path)
+    shape = comfyui.Shape.of(transformer)
+    floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
+    file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
+    reasons = [] if any(w.any() for w in adapter.up.values()) else ["the adapter changes nothing"]
+    diffusers = _ask_diffusers(path, tensors, adapter, pipeline, file_type)
+    comfy = _ask_comfyui(tensors, adapter, shape, file_type)
+    for name, verdict in (("diffusers", diffusers), ("ComfyUI", comfy)):
+        reasons += [f"{name}: {reason}" for reason in verdict["reasons"]]
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "file": {
+            "name": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+            "tensors": len(tensors),
+            "dtype": _name(file_type),
+        },
+        "adapter": {"modules": len(adapter.down), "rank": adapter.rank, "alpha": adapter.alpha},
+        "transformer": {
+            "width": shape.width,
+            "double_blocks": shape.double,
+            "single_blocks": shape.single,
+            "dtype": _name(transformer.dtype),
+            "device": transformer.device.type,
+        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "diffusers": diffusers,
+        "comfyui": comfy,
+    }
+
+
+def write_certificate(certificate: dict[str, Any], path: Path) -> Path:
+    """Put a certificate beside its adapter file, whole or not at all, and return its path."""
+    target = path.with_name(f"{path.stem}.certificate.json")
+    with export.replacing(target) as partial:
+        text = json.dumps(certificate, indent=2, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def loaded_factors(transformer: nn.Module, module: str) -> Factors:
+    """What the adapters now in a transformer add to one module's weight at strength 1, fp64.
+
+    (out, k) and (k, in), k the ranks of all adapters there; 0 where there is none.
+    """
+    layer = transformer.get_submodule(module)
+    linear: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    ups = [torch.zeros(linear.out_features, 0, dtype=torch.float64)]
+    downs = [torch.zeros(0, linear.in_features, dtype=torch.float64)]
+    if isinstance(layer, LoraLayer):
+        for name in layer.lora_A:
+            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
+            if not (up.is_meta or down.is_meta):
+                ups.append(layer.scaling[name] * _wide(up))
+                downs.append(_wide(down))
+    return torch.cat(ups, dim=1), torch.cat(downs)
+
+
+def _ask_comfyui(
+    tensors: dict[str, Tensor], adapter: Adapter, shape: comfyui.Shape, file_type: torch.dtype
+) -> dict[str, Any]:
+    reading = comfyui.read(tensors, shape)
+    places = comfyui.diffusers_places(shape)
+    changed = [
+        module
+        for module, place in places.items()
+        if any(at.overlap(place) for at in reading.patches)
+    ]
+    ignored = reading.ignored + reading.failed + reading.not_computed
+    roundoff = Roundoff.of(file_type, torch.float32)
+    weights = _compare(adapter, lambda module: reading.factors(places[module]), roundoff)
+    return _verdict(adapter, used=reading.used, ignored=ignored, changed=changed, weights=weights)
+
+
+def _ask_diffusers(
+    path: Path,
+    tensors: dict[str, Tensor],
+    adapter: Adapter,
+    pipeline: Any,
+    file_type: torch.dtype,
+) -> dict[str, Any]:
+    transformer = pipeline.transformer
+    batch = _batch(transformer)
+    with _borrowed(transformer) as is_unchanged, torch.no_grad():
+        base = _output(transformer, batch)
+        config = LoraConfig(
+            targets=tuple(map(re.escape, adapter.down)), rank=adapter.rank, alpha=adapter.alpha
+        )
+        lora.attach(transformer, config, seed=0)
+        lora.write(transformer, adapter)
+        trained = _output(transformer, batch)
+        transformer.unload_lora()
+        verdict = _load(path, tensors, adapter, pipeline, file_type)
+        if verdict["loads"]:
+            output = _compare_output(
+                base, trained, _output(transformer, batch), file_type, transformer.dtype
+            )
+            verdict["output"] = output
+            if not output["within_bound"]:
+                verdict["reasons"].append("the output is further off than rounding explains")
+        transformer.unload_lora()
+        verdict["restored"] = is_unchanged() and torch.equal(base, _output(transformer, batch))
+    if not verdict["restored"]:
+        verdict["reasons"].append("the transformer isn't the same after unloading")
+    return verdict
+
+
+def _load(
+    path: Path,
+    tensors: dict[str, Tensor],
+    adapter: Adapter,
+    pipeline: Any,
+    file_type: torch.dtype,
+) -> dict[str, Any]:
+    """diffusers' verdict on keys and weights; the file stays loaded."""
+    transformer = pipeline.transformer
+    try:
+        pipeline.load_lora_weights(
+            str(path.parent), weight_name=path.name, adapter_name=LOADED, use_safetensors=True
+        )
+    except Exception as error:  # a foreign loader may fail in any way; each is a verdict
+        reason = f"its loader refuses the file: {type(error).__name__}: {error}"
+        return {"loads": False, "keys_used": 0, "keys_ignored": list(tensors), "reasons": [reason]}
+    slots = {
+        f"{export.PREFIX}{module}.{half}.weight": getattr(layer, half)[LOADED].weight
+        for module, layer in _layers(transformer).items()
+        for half in ("lora_A", "lora_B")
+    }
+    used = [key for key, tensor in tensors.items() if key in slots and _holds(slots[key], tensor)]
+    unfilled = sorted(slots.keys() - set(used))
+    roundoff = Roundoff.of(file_type, torch.float32, transformer.dtype)
+    weights = _compare(adapter, lambda module: loaded_factors(transformer, module), roundoff)
+    ignored = sorted(tensors.keys() - set(used))
+    changed = list(_layers(transformer))
+    verdict = _verdict(adapter, used=used, ignored=ignored, changed=changed, weights=weights)
+    if unfilled:
+        verdict["loads"] = False
+        verdict["reasons"].append(f"{unfilled[0]} isn't in the file and gets random weights")
+    return verdict | {"pipeline": type(pipeline).__name__}
+
+
+def _verdict(
+    adapter: Adapter,
+    *,
+    used: list[str],
+    ignored: list[str],
+    changed: list[str],
+    weights: dict[str, Any],
+) -> dict[str, Any]:
+    reasons = []
+    if not used:
+        reasons.append("it loads nothing from the file: it knows none of the names")
+    elif ignored:
+        reasons.append(f"it ignores {len(ignored)} keys, such as {ignored[0]}")
+    if strangers := sorted(set(changed) - adapter.down.keys()):
+        reasons.append(f"the file changes {strangers[0]}, which the adapter doesn't")
+    if absent := sorted(adapter.down.keys() - set(changed)):
+        reasons.append(f"{len(absent)} of the adapter's modules are left out, such as {absent[0]}")
+    if used and not weights["within_bound"]:
+        worst = weights["worst"]
+        reasons.append(
+            f"the update of {worst['module']} is off by {worst['error']:.2g} of its size "
+            f"(rounding explains {worst['bound']:.2g}); "
+            f"the adapter as a whole is applied at strength {weights['strength']}"
+        )
+    return {
+        "loads": bool(used),
+        "keys_used": len(used),
+        "keys_ignored": ignored,
+        "strength": weights["strength"],
+        "weights": weights,
+        "reasons": reasons,
+    }
+
+
+def _compare(
+    adapter: Adapter, found: Callable[[str], Factors], roundoff: Roundoff
+) -> dict[str, Any]:
+    """Updates of all modules against the trained ones: strength by least squares, worst error.
+
+    Products are never formed: on dev they would be full-size weights.
+    """
+    product = norm = 0.0
+    worst = {"module": "", "error": 0.0, "bound": 0.0}
+    worst_ratio = -1.0
+    for module in adapter.down:
+        up, down = adapter.scale * _wide(adapter.up[module]), _wide(adapter.down[module])
+        up_found, down_found = found(module)
+        product += torch.sum((up.T @ up_found) * (down @ down_found.T)).item()
+        size = _product_norm(up, down)
+        norm += size**2
+        error_a, error_b = roundoff.error(down), roundoff.error(up)
+        bound = error_b * _spectral(down) + _spectral(up) * error_a + error_a * error_b
+        difference = torch.cat([up_found, -up], dim=1), torch.cat([down_found, down])
+        error = _product_norm(*difference)
+        if error > worst_ratio * bound:
+            worst_ratio = error / bound if bound else error / TINY
+            worst = {
+                "module": module,
+                "error": error / max(size, TINY),
+                "bound": bound / max(size, TINY),
+            }
+    strength = round(product / norm, 3) if norm else None
+    return {"strength": strength, "within_bound": worst_ratio <= 1.0, "worst": worst}
+
+
+def _compare_output(
+    base: Tensor, trained: Tensor, loaded: Tensor, file_type: torch.dtype, own_type: torch.dtype
+) -> dict[str, Any]:
+    """Norms relative to the base's output; conclusive where the effect stands out of the bound."""
+    size = torch.linalg.vector_norm(base).item()
+    effect = torch.linalg.vector_norm(trained - base).item() / size
+    error = torch.linalg.vector_norm(loaded - trained).item() / size
+    bound = 8 * Roundoff.of(file_type, torch.float32).unit * effect
+    bound += 16 * Roundoff.of(own_type).unit
+    return {
+        "effect": effect,
+        "error": error,
+        "bound": bound,
+        "within_bound": error <= bound,
+        "conclusive": effect > 4 * bound,
+    }
+
+
+def _batch(transformer: Any) -> dict[str, Tensor]:
+    """Random, valid input at sigma 0.5: 4x4 image tokens and 8 text tokens."""
+    config, generator = transformer.config, torch.Generator().manual_seed(0)
+    place = {"device": transformer.device, "dtype": transformer.dtype}
+    side, text = IMAGE_SIDE, TEXT_TOKENS
+    zero = torch.arange(1)
+    batch = {
+        "hidden_states": torch.randn(1, side**2, config["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(
+            1, text, config["joint_attention_dim"], generator=generator
+        ),
+        "timestep": torch.tensor([0.5]),
+    }
+    if config["guidance_embeds"]:
+        batch["guidance"] = torch.tensor([1.0])
+    ids = {
+        "img_ids": torch.cartesian_prod(zero, torch.arange(side), torch.arange(side), zero)[None],
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text))[None],
+    }
+    placed = {name: tensor.to(**place) for name, tensor in batch.items()}
+    return placed | {name: tensor.to(transformer.device) for name, tensor in ids.items()}
+
+
+def _output(transformer: Any, batch: dict[str, Tensor]) -> Tensor:
+    return transformer(**batch, return_dict=False)[0].double().cpu()
+
+
+@contextmanager
+def _borrowed(transformer: Any) -> Iterator[Callable[[], bool]]:
+    """The transformer in evaluation mode, handed back as it was: adapters, flags and mode."""
+    training = transformer.training
+    flags = {name: p.requires_grad for name, p in transformer.named_parameters()}
+    before = _fingerprints(transformer)
+    transformer.eval()
+    try:
+        yield lambda: _fingerprints(transformer) == before
+    finally:
+        if _layers(transformer):
+            transformer.unload_lora()
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(flags[name])
+        transformer.train(training)
+
+
+def _fingerprints(transformer: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
+    """Of every weight's bits: a change of any one bit changes them."""
+    return {
+        name: (tensor.dtype, int(torch.hash_tensor(tensor.detach()).item()))
+        for name, tensor in transformer.state_dict().items()
+    }
+
+
+def _layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    return {n: m for n, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().cpu().double()
+
+
+def _holds(slot: Tensor, tensor: Tensor) -> bool:
+    return not slot.is_meta and torch.equal(slot.cpu(), tensor.to(slot.dtype))
+
+
+def _product_norm(up: Tensor, down: Tensor) -> float:
+    """|up @ down|_F without the product. QR, since a Gram matrix would square the rounding."""
+    triangles = torch.linalg.qr(up, mode="r").R, torch.linalg.qr(down.T, mode="r").R
+    return torch.linalg.matrix_norm(triangles[0] @ triangles[1].T).item()
+
+
+def _spectral(weight: Tensor) -> float:
+    return torch.linalg.matrix_norm(weight, 2).item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

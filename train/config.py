@@ -1,0 +1,341 @@
+"""The schema of a training config: every setting, its range, its default and its meaning.
+
+Owns what a valid config is, alone and across fields. Doesn't read files (`config_load` does) and
+doesn't know torch. A module receives its own section, never the root.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PIXEL_MULTIPLE = 16
+"""Sides of pictures are multiples of this: the VAE's 8 times the patch's 2 (FLUX.2)."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Pixels = Annotated[int, Field(ge=64, le=2048, multiple_of=PIXEL_MULTIPLE)]
+# Editors, and our own messages, show patternErrorMessage where the pattern doesn't match.
+Text = Annotated[
+    str, Field(pattern=r"\S", json_schema_extra={"patternErrorMessage": "text, not empty"})
+]
+FileName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        json_schema_extra={
+            "patternErrorMessage": "up to 100 letters, digits, '.', '_' and '-', "
+            "of which the first is a letter or digit"
+        },
+    ),
+]
+
+
+class ConflictError(ValueError):
+    """Settings that don't fit together: what is wrong, by key as seen from the section."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
+        self.problems = problems
+
+
+class Section(BaseModel):
+    """Unknown keys and loose types are errors; a loaded config never changes."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def _changed(self) -> list[str]:
+        """Keys whose value isn't the default; a written-out default is as good as none."""
+        fields = type(self).model_fields
+        return [key for key, field in fields.items() if getattr(self, key) != field.default]
+
+
+class BaseConfig(Section):
+    """The frozen model that the adapter is trained on."""
+
+    model: Text = "dev"
+    """dev, klein-4b, klein-9b, toy, a folder in diffusers' layout, or a hub repository."""
+    revision: Text | None = None
+    """Commit, branch or tag of a hub repository; none means its main branch."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of the frozen weights. LoRA weights are fp32 always."""
+    allow_distilled: bool = False
+    """Train on a step-distilled checkpoint all the same; expect grey, generic pictures."""
+
+
+class DataConfig(Section):
+    """Pictures and captions, and how they are sized."""
+
+    path: Text
+    """Folder of pictures with .txt captions beside them, or with a metadata.jsonl. A relative
+    path starts at the current directory, not at the config."""
+    trigger: Text | None = None
+    """The word that calls the subject; see trigger_mode."""
+    trigger_mode: Literal["require", "prepend"] = "require"
+    """require: a caption without the trigger is an error. prepend: it is put first there."""
+    missing_captions: Literal["error", "trigger"] = "error"
+    """What to do with a picture that has no caption: stop, or caption it with the trigger alone."""
+    bad_pictures: Literal["error", "skip"] = "error"
+    """What to do with a picture that can't be used: stop and list all, or skip it and report it."""
+    resolution: Pixels = 1024
+    """Target area of a bucket: about resolution x resolution pixels."""
+    max_upscale: Annotated[float, Field(ge=1.0, le=4.0)] = 1.0
+    """Largest enlargement of a picture; a smaller picture gets a smaller bucket instead."""
+    max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = 3.0
+    """Longest side over shortest side of a bucket; a longer picture is cropped to it."""
+    repeats: Count = 1
+    """How often an epoch shows each picture."""
+    flip: bool = False
+    """Mirror half of the showings left to right. Never for text, logos or one-sided characters."""
+    caption_dropout: Fraction = 0.05
+    """Fraction of the showings that use the empty prompt instead of the caption."""
+
+    @model_validator(mode="after")
+    def _trigger_is_there(self) -> Self:
+        needs = {"trigger_mode": "prepend", "missing_captions": "trigger"}
+        if self.trigger is None and (
+            problems := {
+                key: f"is '{value}' but data.trigger is not set"
+                for key, value in needs.items()
+                if getattr(self, key) == value
+            }
+        ):
+            raise ConflictError(problems)
+        return self
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    targets: Literal["attention", "blocks", "diffusers"] | tuple[str, ...] = "blocks"
+    """blocks: all Linears of all blocks. attention: their attention. diffusers: that library's
+    default set. Or a list of regular expressions on module names, each of which must match."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of each update."""
+    alpha: Positive | None = None
+    """Strength of the update is alpha / rank; none means alpha = rank, so strength 1."""
+    dropout: Below1 = 0.0
+    """Dropout on the adapter's input."""
+
+    @property
+    def scale(self) -> float:
+        """Strength of the update, alpha / rank."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _patterns_compile(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        patterns = () if isinstance(value, str) else value
+        if value == ():
+            raise ValueError("the list of patterns is empty")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
+
+
+class FlowConfig(Section):
+    """Which noise levels are trained, and what the model is told."""
+
+    sampling: Literal["logit-normal", "uniform"] = "logit-normal"
+    """Density of sigma before the shift."""
+    mean: float = 0.0
+    """Mean of the logit-normal density."""
+    std: Positive = 1.0
+    """Standard deviation of the logit-normal density."""
+    shift: Literal["tokens", "none"] | Positive = "tokens"
+    """tokens: FLUX.1's shift by the picture's true token count (1.88 at 512x512, 3.16 at
+    1024x1024). none: no shift. A number: that fixed shift."""
+    guidance: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
+    """Embedded guidance in training, on bases that have it. 1.0 is the true velocity."""
+
+    @model_validator(mode="after")
+    def _density_is_used(self) -> Self:
+        unused = [key for key in ("mean", "std") if key in self._changed()]
+        if self.sampling == "uniform" and unused:
+            raise ConflictError(
+                dict.fromkeys(unused, "has no effect with sampling: uniform; remove it")
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw is torch's; adamw8bit is bitsandbytes', with 8-bit moments."""
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Below1, Below1] = (0.9, 0.99)
+    """Decay of the two moments."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, or down to zero at the last step."""
+    warmup: Natural = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class TrainConfig(Section):
+    """How long, in what portions, and with what memory."""
+
+    steps: Count
+    """Optimizer steps."""
+    batch_size: Count = 1
+    """Pictures a device takes at once; all of one bucket."""
+    accumulate: Count = 1
+    """Batches whose gradients are added up for one step."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    checkpoint_every: Count = 250
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: Count = 4
+    """Older checkpoints are deleted; the newest is never."""
+    log_every: Count = 10
+    """Steps between lines on the console; the JSONL has every step."""
+
+
+class PreviewConfig(Section):
+    """Pictures made while training, with the real pipeline and fixed seeds."""
+
+    prompts: tuple[str, ...] = ()
+    """One picture each; none means no previews."""
+    every: Count = 250
+    """Steps between previews; there is one before the first step and one after the last."""
+    seed: Natural = 0
+    """Seed of the first prompt; the next ones count up."""
+    width: Pixels | None = None
+    """Pixels; none means the resolution of the data."""
+    height: Pixels | None = None
+    """Pixels; none means the resolution of the data."""
+    steps: Count = 28
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=0.0, le=20.0)] = 4.0
+    """Guidance scale of the pipeline."""
+
+
+class TrackConfig(Section):
+    """Where metrics go, beside the console and metrics.jsonl."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases; the key comes from `wandb login` or WANDB_API_KEY."""
+    project: Text = "kindling"
+    """Project in Weights & Biases."""
+
+
+class ExportConfig(Section):
+    """What the adapter file says of itself."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of the exported weights."""
+    title: str | None = None
+    """Shown by programs that read ModelSpec metadata; none means the run's name."""
+    author: str | None = None
+    """Shown by programs that read ModelSpec metadata."""
+    description: str | None = None
+    """Shown by programs that read ModelSpec metadata."""
+
+
+class Config(Section):
+    """A whole training config."""
+
+    name: FileName
+    """Name of the run, its folder and its adapter file."""
+    output: Text = "runs"
+    """Folder that holds the runs. A relative path starts at the current directory."""
+    cache: Text = "cache"
+    """Folder that holds encoded pictures and captions, shared by all runs. A relative path starts
+    at the current directory."""
+    seed: Natural = 0
+    """Covers initialisation, order, noise, dropout and flips."""
+    base: BaseConfig = BaseConfig()
+    """The frozen model."""
+    data: DataConfig
+    """Pictures and captions."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+    flow: FlowConfig = FlowConfig()
+    """Noise levels."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    train: TrainConfig
+    """Steps, batches, checkpoints."""
+    preview: PreviewConfig = PreviewConfig()
+    """Pictures made while training."""
+    track: TrackConfig = TrackConfig()
+    """Metrics."""
+    export: ExportConfig = ExportConfig()
+    """The adapter file."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        problems = {}
+        if self.optim.warmup >= self.train.steps:
+            problems["optim.warmup"] = (
+                f"is {self.optim.warmup} but train.steps is {self.train.steps}: "
+                "the learning rate would never reach its peak"
+            )
+        if not self.preview.prompts:
+            unused = "has no effect without preview.prompts; remove it or add prompts"
+            problems |= {f"preview.{key}": unused for key in self.preview._changed()}
+        if problems:
+            raise ConflictError(problems)
+        return self
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """What a setting must be, in plain words, from its JSON schema."""
+    if "anyOf" in schema:
+        return ", or ".join(allowed(branch) for branch in schema["anyOf"])
+    if "enum" in schema:
+        return either([f"'{word}'" for word in schema["enum"]])
+    return _ALLOWED[schema["type"]](schema)
+
+
+def either(words: Sequence[str]) -> str:
+    """a, b or c."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _number(schema: Mapping[str, Any]) -> str:
+    words = "a whole number" if schema["type"] == "integer" else "a number"
+    match schema:
+        case {"minimum": low, "maximum": high}:
+            words += f" from {low:g} to {high:g}"
+        case {"minimum": low, "exclusiveMaximum": high}:
+            words += f" from {low:g} to below {high:g}"
+        case {"minimum": low}:
+            words += f", at least {low:g}"
+        case {"exclusiveMinimum": low}:
+            words += f" above {low:g}"
+    return words + (f", a multiple of {schema['multipleOf']}" if "multipleOf" in schema else "")
+
+
+def _list(schema: Mapping[str, Any]) -> str:
+    if "items" in schema:
+        return f"a list of {allowed(schema['items'])}"
+    items = schema["prefixItems"]
+    return f"a list of {len(items)}, each {allowed(items[0])}"
+
+
+_ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "null": lambda schema: "null",
+    "boolean": lambda schema: "true or false",
+    "integer": _number,
+    "number": _number,
+    "string": lambda schema: schema.get("patternErrorMessage", "text"),
+    "array": _list,
+    "object": lambda schema: f"a section with keys of {', '.join(schema['properties'])}",
+}

@@ -1,0 +1,179 @@
+"""Pictures and prompts to cache entries, in a phase of its own.
+
+Loads the VAE only if a picture is missing from the cache and the text encoder only if a prompt is,
+and frees each before it returns, so that neither shares memory with the transformer. Owns what a
+cache key is made of.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data_tools import pictures
+from data_tools.buckets import Geometry
+from train import latents
+from train.base import Base, max_text_tokens
+from train.cache import Cache, FileDigests, key
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it is to be encoded: its file, contents, size in pixels, mirrored or not."""
+
+    path: Path
+    sha256: str
+    geometry: Geometry
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of cache entries for one base: they change with its VAE and its text encoder."""
+
+    vae: str
+    text: str
+
+    @classmethod
+    def of(cls, base: Base, *, digests: FileDigests) -> "Keys":
+        """Read the digests of the base's files; the first time for a base this reads them all."""
+        text = [digests.folder(base.folder(part)) for part in ("text_encoder", "tokenizer")]
+        facts = (*base.family.text_layers, base.family.padding_side, str(base.dtype), *text)
+        return cls(digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts))
+
+    def picture(self, picture: Picture) -> str:
+        """The entry of a picture: `latents` (D, h, w), fp32, normalised."""
+        return key(
+            kind="picture",
+            vae=self.vae,
+            picture=picture.sha256,
+            width=picture.geometry.width,
+            height=picture.geometry.height,
+            flip=picture.flip,
+        )
+
+    def prompt(self, prompt: str) -> str:
+        """The entry of a prompt: `text` (L, J) in the base's type, pads included."""
+        return key(kind="prompt", encoder=self.text, prompt=prompt)
+
+
+@torch.no_grad()
+def encode_pictures(
+    base: Base,
+    wanted: Sequence[Picture],
+    *,
+    keys: Keys,
+    cache: Cache,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+) -> int:
+    """Encode the pictures that the cache lacks; returns how many those were in all shares.
+
+    share: (rank, world): this process takes every world-th of them.
+    """
+    missing = _missing({keys.picture(picture): picture for picture in wanted}, cache)
+    if missing:
+        vae = base.load_vae(device)
+        for name, picture in _progress(missing[share[0] :: share[1]], "encode pictures", share):
+            pixels = _pixels(pictures.fit(pictures.load_rgb(picture.path), picture.geometry))
+            pixels = pixels.flip(-1) if picture.flip else pixels
+            entry = encode_pixels(vae, pixels.to(device))[0].cpu()
+            cache.put(name, {"latents": entry}, notes={"path": str(picture.path)})
+        del vae
+        _free()
+    return len(missing)
+
+
+@torch.no_grad()
+def encode_prompts(
+    base: Base,
+    wanted: Sequence[str],
+    *,
+    keys: Keys,
+    cache: Cache,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+) -> int:
+    """Encode the prompts that the cache lacks; returns how many those were in all shares.
+
+    One at a time: in a batch the last bits would depend on the other prompts.
+    """
+    missing = _missing({keys.prompt(prompt): prompt for prompt in wanted}, cache)
+    if missing:
+        tokenizer = base.load_tokenizer()
+        pipeline = base.pipeline(text_encoder=base.load_text_encoder(device), tokenizer=tokenizer)
+        limit = max_text_tokens(tokenizer)
+        for name, prompt in _progress(missing[share[0] :: share[1]], "encode captions", share):
+            embeds, _ = pipeline.encode_prompt(  # pyright: ignore[reportAttributeAccessIssue]
+                prompt=prompt,
+                device=device,
+                max_sequence_length=limit,
+                text_encoder_out_layers=base.family.text_layers,
+            )
+            tokens = str(_count_tokens(base, tokenizer, prompt))
+            entry = {"text": embeds[0].contiguous().cpu()}
+            cache.put(name, entry, notes={"tokens": tokens, "limit": str(limit)})
+        del pipeline
+        _free()
+    return len(missing)
+
+
+def truncated(wanted: Sequence[str], *, keys: Keys, cache: Cache) -> dict[str, tuple[int, int]]:
+    """Of encoded prompts those that were cut: prompt -> (its tokens, the limit)."""
+    notes = {prompt: cache.notes(keys.prompt(prompt)) for prompt in wanted}
+    counts = {p: (int(note["tokens"]), int(note["limit"])) for p, note in notes.items()}
+    return {prompt: (n, limit) for prompt, (n, limit) in counts.items() if n > limit}
+
+
+def encode_pixels(vae: torch.nn.Module, pixels_BCHW: Tensor) -> Tensor:
+    """Pixels in [-1, 1] (B, 3, 16h, 16w) -> normalised patch latents (B, D, h, w), fp32."""
+    mode = vae.encode(pixels_BCHW).latent_dist.mode()
+    return latents.normalize(
+        latents.patchify(mode),
+        mean_D=vae.bn.running_mean,
+        var_D=vae.bn.running_var,
+        eps=vae.config.batch_norm_eps,
+    )
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> (1, 3, H, W) in [-1, 1]."""
+    array = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array).permute(2, 0, 1)[None]
+
+
+def _count_tokens(base: Base, tokenizer, prompt: str) -> int:
+    if base.family.name == "dev":
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        ids = tokenizer.apply_chat_template(
+            format_input([prompt]), add_generation_prompt=False, tokenize=True, return_dict=True
+        )["input_ids"]
+        return len(ids[0])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    return len(tokenizer(text)["input_ids"])
+
+
+def _missing(entries: dict[str, object], cache: Cache) -> list[tuple]:
+    return [(name, wanted) for name, wanted in entries.items() if name not in cache]
+
+
+def _progress(jobs: list[tuple], title: str, share: tuple[int, int]):
+    return tqdm(jobs, desc=title, delay=2, disable=share[0] != 0)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,199 @@
+"""One training step, and saving, restoring and previewing what it trains.
+
+Owns the model, the optimizer and their accelerate wrappers. When each method runs is `loop`'s.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from train import checkpoint, lora, objective, optim, randomness, sample
+from train.base import Base
+from train.checkpoint import Checkpoint, Progress
+from train.config import Config
+from train.data import Loader, Order, Portion, portions
+from train.errors import TrainingError
+from train.track import Tracker
+
+
+@dataclass(frozen=True)
+class Previews:
+    """What to draw, and the empty prompt's embedding for bases that need it."""
+
+    requests: Sequence[sample.Request]
+    empty_text: torch.Tensor | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose figures are on their way from the device."""
+
+    done: int
+    names: list[str]
+    figures: torch.Tensor
+    """Loss and gradient norm, on the CPU once `arrived` is over."""
+    arrived: torch.cuda.Event | None
+    facts: dict[str, float]
+
+
+class Trainer:
+    """Trains the adapter that is attached to a transformer."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        accelerator: Accelerator,
+        base: Base,
+        transformer: Any,
+        order: Order,
+        loader: Loader,
+        previews: Previews,
+        tracker: Tracker,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._accelerator = accelerator
+        self._base = base
+        self._order, self._loader = order, loader
+        self._previews, self._tracker = previews, tracker
+        self._folder = folder
+        self._progress = progress
+        self._bare = transformer
+        self._parameters = lora.trainable(transformer)
+        optimizer = optim.build_optimizer(config.optim, self._parameters)
+        self._model, self._optimizer = accelerator.prepare(transformer, optimizer)
+        self._model.train()
+        embedded = transformer.config.guidance_embeds
+        self._guidance = config.flow.guidance if embedded else None
+        self._pending: Pending | None = None
+        self._clock = time.monotonic()
+
+    def batches(self, start: int, steps: int) -> Iterable[list[Portion]]:
+        """This process's portions of each step, read one step ahead."""
+        return portions(
+            self._order,
+            self._loader,
+            steps=range(start, steps),
+            accumulate=self._config.train.accumulate,
+            rank=self._accelerator.process_index,
+            world=self._accelerator.num_processes,
+        )
+
+    def step(self, done: int, batch: list[Portion]) -> None:
+        """Add up the gradients of the portions, clip them and step the optimizer."""
+        accelerator, config = self._accelerator, self._config
+        self._optimizer.zero_grad(set_to_none=True)
+        if config.lora.dropout:
+            torch.manual_seed(
+                randomness.derived_seed(config.seed, "dropout", done, accelerator.process_index)
+            )
+        lr = config.optim.lr * optim.rate(config.optim, step=done - 1, steps=config.train.steps)
+        optim.set_rate(self._optimizer, lr)
+        total = torch.zeros((), device=accelerator.device)
+        for portion in batch[:-1]:
+            with accelerator.no_sync(self._model):
+                total += self._backward(portion)
+        total += self._backward(batch[-1])
+        norm = accelerator.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
+        assert norm is not None
+        self._optimizer.step()
+        self._settle()
+        loss = accelerator.reduce(total, "sum")
+        assert isinstance(loss, torch.Tensor)
+        figures = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if total.is_cuda else None
+        if arrived is not None:
+            arrived.record()
+        names = [name for portion in batch for name in portion.batch.names]
+        facts = {"lr": lr, "epoch": self._epoch(done)}
+        self._pending = Pending(done, names, figures, arrived, facts)
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint, if the weights are numbers."""
+        self._settle()
+        if self._accelerator.is_main_process:
+            progress = Progress(done, self._progress.config, self._progress.data, self._world)
+            content = Checkpoint(
+                progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
+            )
+            checkpoint.save(
+                self._folder / "checkpoints", content, keep=self._config.train.keep_checkpoints
+            )
+        self._accelerator.wait_for_everyone()
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint of the same config and data."""
+        lora.write(self._bare, saved.adapter)
+        self._optimizer.load_state_dict(saved.optimizer)
+
+    def preview(self, done: int) -> None:
+        """Draw the preview prompts on the main process."""
+        self._settle()
+        if self._previews.requests and self._accelerator.is_main_process:
+            pictures = sample.draw(
+                self._base,
+                self._bare,
+                self._previews.requests,
+                empty_text=self._previews.empty_text,
+                steps=self._config.preview.steps,
+                guidance=self._config.preview.guidance,
+            )
+            sample.save_all(pictures, self._previews.folder, step=done)
+        self._accelerator.wait_for_everyone()
+        self._clock = time.monotonic()
+
+    def finish(self) -> None:
+        """Report the last step."""
+        self._settle()
+        self._tracker.close()
+
+    @property
+    def _world(self) -> int:
+        return self._accelerator.num_processes
+
+    def _epoch(self, done: int) -> float:
+        taken = done * self._config.train.accumulate * self._world
+        return taken / self._order.epoch_length
+
+    def _backward(self, portion: Portion) -> torch.Tensor:
+        """Gradients of a portion's share of the step's mean loss; returns that share."""
+        losses = objective.losses(
+            self._model,
+            portion.batch.to(self._accelerator.device),
+            dtype=self._base.dtype,
+            guidance=self._guidance,
+        )
+        loss = losses.mean() * portion.weight
+        self._accelerator.backward(loss * self._world)  # DDP takes the mean over processes
+        return loss.detach()
+
+    def _settle(self) -> None:
+        """Report the step before: the device is already at the next one and never waits."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        loss, norm = step.figures.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            names = sorted(set(gather_object(step.names)))
+            raise TrainingError(
+                f"step {step.done}: the loss is {loss} and the gradient norm {norm}; stopped, "
+                f"the last checkpoint is from before. Pictures of this step: {', '.join(names)}. "
+                "Look at them, lower optim.lr, then continue with --resume."
+            )
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self._tracker.step(
+            step.done, {"loss": loss, "grad_norm": norm, **step.facts, "seconds": seconds}
+        )
