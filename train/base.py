@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from diffusers import (
         AutoencoderKLFlux2,
         DiffusionPipeline,
-        FlowMatchEulerDiscreteScheduler,
         Flux2Transformer2DModel,
     )
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +32,15 @@ NAMED_BASES = {
     "toy": str(TOY_FOLDER),
 }
 """klein means the base checkpoints: an adapter trained on a distilled one draws grey pictures."""
+
+LICENCES = {
+    "dev": "FLUX.2-dev Non-Commercial License",
+    "klein-4b": "Apache-2.0",
+    "klein-9b": "FLUX Non-Commercial License",
+    "toy": "Apache-2.0",
+}
+LICENCES |= {NAMED_BASES[name]: licence for name, licence in LICENCES.items()}
+"""Of the base's weights, by name and by repository; an adapter is bound by them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -92,12 +100,12 @@ class Base:
 
         return Path(_from_hub(self.source, download)) / part
 
-    def load_vae(self, device: torch.device) -> "AutoencoderKLFlux2":
-        """The VAE in fp32: rounding it to bf16 would be baked into every cached latent."""
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> "AutoencoderKLFlux2":
+        """The VAE, frozen."""
         from diffusers import AutoencoderKLFlux2
 
-        vae = AutoencoderKLFlux2.from_pretrained(self.folder("vae"), dtype=torch.float32)
-        return vae.requires_grad_(False).eval().to(device)  # pyright: ignore
+        vae = AutoencoderKLFlux2.from_pretrained(self.folder("vae"), dtype=dtype)
+        return _frozen(vae, device)
 
     def load_transformer(self, device: torch.device) -> "Flux2Transformer2DModel":
         """The transformer, frozen, in the base's type."""
@@ -106,7 +114,7 @@ class Base:
         transformer = Flux2Transformer2DModel.from_pretrained(
             self.folder("transformer"), dtype=self.dtype
         )
-        return transformer.requires_grad_(False).eval().to(device)
+        return _frozen(transformer, device)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer with its chat template; for dev without its image processor."""
@@ -120,10 +128,10 @@ class Base:
 
         model_class = getattr(transformers, self.family.text_encoder)
         model = model_class.from_pretrained(self.folder("text_encoder"), dtype=self.dtype)
-        return model.requires_grad_(False).eval().to(device)
+        return _frozen(model, device)
 
-    def load_scheduler(self) -> "FlowMatchEulerDiscreteScheduler":
-        """The sampler's noise schedule."""
+    def load_scheduler(self) -> Any:
+        """The sampler's noise schedule, a FlowMatchEulerDiscreteScheduler."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder("scheduler"))
@@ -150,6 +158,10 @@ class Base:
         if self.family.true_cfg:
             parts["is_distilled"] = self.distilled
         return getattr(diffusers, self.family.pipeline)(**parts)
+
+
+def _frozen(model: Any, device: torch.device) -> Any:
+    return model.requires_grad_(False).eval().to(device)
 
 
 def max_text_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -4,16 +4,20 @@ diffusers is asked itself: its real loader loads the file into a real pipeline, 
 and the transformer's output are compared with the trained adapter's. ComfyUI is read by `comfyui`.
 Owns the comparison, its bounds and the certificate; makes no file of its own but that.
 
-Bounds. A file stores fl(A) and fl(scale * B): |fl(x) - x| <= u |x| + eta, with u the unit roundoff
-of its type and eta half its smallest number. So, whatever the values,
-  |dW_file - dW|_F <= |E_B|_F |A|_2 + |B|_2 |E_A|_F + |E_B|_F |E_A|_F,  |E_X|_F <= u |X|_F + eta sqrt(n)
-and that is the bound on each module's update. u and eta are the sum over the types that the numbers
+Bounds. A file stores fl(A) and fl(scale * B), with |fl(x) - x| <= u |x| + eta: u is the unit
+roundoff of its type and eta half its smallest number. Then, whatever the n values of a matrix are,
+  |E_X|_F <= u |X|_F + eta sqrt(n)
+  |dW_file - dW|_F <= |E_B|_F |A|_2 + |B|_2 |E_A|_F + |E_B|_F |E_A|_F,
+which is the bound on each module's update. u and eta are summed over the types that the numbers
 pass through: the file's, fp32 for the folding, and the transformer's, to which diffusers converts.
-The output is no linear function of the updates. Its bound is argued, not proven: 8 u of the
-adapter's effect (two rounded factors, and fourfold for updates that partly cancel in the output)
-and 16 unit roundoffs of the transformer's type of the output itself (it computes in that type).
+
+The output isn't linear in the updates; its bound is argued, not proven: 8 u of the adapter's effect
+(two rounded factors; fourfold for updates that partly cancel in the output), three times the
+measured noise of computing the adapter in the transformer's type, one roundoff of that type and 16
+of fp32.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -28,13 +32,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.linalg import matrix_norm, vector_norm
 
 from train import comfyui, export, lora
 from train.config import LoraConfig
 from train.lora import Adapter
 
 LOADED = "certified"
-IMAGE_SIDE, TEXT_TOKENS = 4, 8
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
 TINY = 1e-300
 """Stands for zero in a denominator."""
@@ -51,18 +55,31 @@ class Roundoff:
     tiny: float
 
     @classmethod
-    def of(cls, *dtypes: torch.dtype) -> "Roundoff":
-        """Of numbers that are rounded to each of these types in turn."""
-        infos = [torch.finfo(dtype) for dtype in dtypes]
-        return cls(
-            sum(info.eps / 2 for info in infos),
-            sum(info.smallest_normal * info.eps / 2 for info in infos),
-        )
+    def of(cls, dtype: torch.dtype) -> "Roundoff":
+        """Of one rounding to a type; several in turn add up."""
+        info = torch.finfo(dtype)
+        return cls(info.eps / 2, info.smallest_normal * info.eps / 2)
+
+    def __add__(self, other: "Roundoff") -> "Roundoff":
+        return Roundoff(self.unit + other.unit, self.tiny + other.tiny)
 
     def error(self, weight: Tensor) -> float:
         """Bound on the Frobenius norm of a rounded matrix's error."""
-        norm = torch.linalg.matrix_norm(weight).item()
+        norm = matrix_norm(weight).item()
         return self.unit * norm + self.tiny * math.sqrt(weight.numel())
+
+
+FP32 = Roundoff.of(torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, what it holds, and what it should hold."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    roundoff: Roundoff
+    adapter: Adapter
 
 
 def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
@@ -81,10 +98,10 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
     file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
     reasons = [] if any(w.any() for w in adapter.up.values()) else ["the adapter changes nothing"]
-    diffusers = _ask_diffusers(path, tensors, adapter, pipeline, file_type)
-    comfy = _ask_comfyui(tensors, adapter, shape, file_type)
-    for name, verdict in (("diffusers", diffusers), ("ComfyUI", comfy)):
-        reasons += [f"{name}: {reason}" for reason in verdict["reasons"]]
+    case = Case(path, tensors, Roundoff.of(file_type) + FP32, adapter)
+    diffusers, comfy = _ask_diffusers(case, pipeline), _ask_comfyui(case, shape)
+    reasons += [f"diffusers: {reason}" for reason in diffusers["reasons"]]
+    reasons += [f"ComfyUI: {reason}" for reason in comfy["reasons"]]
     return {
         "passed": not reasons,
         "reasons": reasons,
@@ -93,16 +110,11 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "bytes": path.stat().st_size,
             "tensors": len(tensors),
-            "dtype": _name(file_type),
+            "dtype": str(file_type),
         },
         "adapter": {"modules": len(adapter.down), "rank": adapter.rank, "alpha": adapter.alpha},
-        "transformer": {
-            "width": shape.width,
-            "double_blocks": shape.double,
-            "single_blocks": shape.single,
-            "dtype": _name(transformer.dtype),
-            "device": transformer.device.type,
-        },
+        "transformer": dataclasses.asdict(shape) | {"dtype": str(transformer.dtype)},
+        "device": transformer.device.type,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "diffusers": diffusers,
         "comfyui": comfy,
@@ -136,96 +148,82 @@ def loaded_factors(transformer: nn.Module, module: str) -> Factors:
     return torch.cat(ups, dim=1), torch.cat(downs)
 
 
-def _ask_comfyui(
-    tensors: dict[str, Tensor], adapter: Adapter, shape: comfyui.Shape, file_type: torch.dtype
-) -> dict[str, Any]:
-    reading = comfyui.read(tensors, shape)
+def _ask_comfyui(case: Case, shape: comfyui.Shape) -> dict[str, Any]:
+    reading = comfyui.read(case.tensors, shape)
     places = comfyui.diffusers_places(shape)
-    changed = [
-        module
-        for module, place in places.items()
-        if any(at.overlap(place) for at in reading.patches)
-    ]
+    changed = [m for m, place in places.items() if any(at.overlap(place) for at in reading.patches)]
+    weights = _compare(case.adapter, lambda m: reading.factors(places[m]), case.roundoff)
     ignored = reading.ignored + reading.failed + reading.not_computed
-    roundoff = Roundoff.of(file_type, torch.float32)
-    weights = _compare(adapter, lambda module: reading.factors(places[module]), roundoff)
-    return _verdict(adapter, used=reading.used, ignored=ignored, changed=changed, weights=weights)
+    return _verdict(case.adapter, reading.used, ignored, changed, weights)
 
 
-def _ask_diffusers(
-    path: Path,
-    tensors: dict[str, Tensor],
-    adapter: Adapter,
-    pipeline: Any,
-    file_type: torch.dtype,
-) -> dict[str, Any]:
+def _ask_diffusers(case: Case, pipeline: Any) -> dict[str, Any]:
     transformer = pipeline.transformer
     batch = _batch(transformer)
     with _borrowed(transformer) as is_unchanged, torch.no_grad():
         base = _output(transformer, batch)
-        config = LoraConfig(
-            targets=tuple(map(re.escape, adapter.down)), rank=adapter.rank, alpha=adapter.alpha
-        )
-        lora.attach(transformer, config, seed=0)
-        lora.write(transformer, adapter)
-        trained = _output(transformer, batch)
-        transformer.unload_lora()
-        verdict = _load(path, tensors, adapter, pipeline, file_type)
+        trained, noise = _trained_output(transformer, case.adapter, batch)
+        verdict = _load(case, pipeline)
         if verdict["loads"]:
-            output = _compare_output(
-                base, trained, _output(transformer, batch), file_type, transformer.dtype
-            )
-            verdict["output"] = output
-            if not output["within_bound"]:
-                verdict["reasons"].append("the output is further off than rounding explains")
+            output = _output(transformer, batch)
+            own = Roundoff.of(transformer.dtype)
+            verdict["output"] = _compare_output(base, trained, output, noise, case.roundoff, own)
         transformer.unload_lora()
         verdict["restored"] = is_unchanged() and torch.equal(base, _output(transformer, batch))
+    if "output" in verdict and not verdict["output"]["within_bound"]:
+        verdict["reasons"].append("the output is further off than rounding explains")
     if not verdict["restored"]:
         verdict["reasons"].append("the transformer isn't the same after unloading")
     return verdict
 
 
-def _load(
-    path: Path,
-    tensors: dict[str, Tensor],
-    adapter: Adapter,
-    pipeline: Any,
-    file_type: torch.dtype,
-) -> dict[str, Any]:
+def _trained_output(
+    transformer: Any, adapter: Adapter, batch: dict[str, Tensor]
+) -> tuple[Tensor, float]:
+    """The output with the adapter as trained, and how far it moves in the transformer's type."""
+    modules = tuple(map(re.escape, adapter.down))
+    config = LoraConfig(targets=modules, rank=adapter.rank, alpha=adapter.alpha)
+    lora.attach(transformer, config, seed=0)
+    lora.write(transformer, adapter)
+    trained = _output(transformer, batch)
+    for parameter in lora.trainable(transformer):
+        parameter.data = parameter.data.to(transformer.dtype)
+    noise = vector_norm(_output(transformer, batch) - trained).item()
+    transformer.unload_lora()
+    return trained, noise
+
+
+def _load(case: Case, pipeline: Any) -> dict[str, Any]:
     """diffusers' verdict on keys and weights; the file stays loaded."""
-    transformer = pipeline.transformer
+    transformer, path, tensors = pipeline.transformer, case.path, case.tensors
+    verdict: dict[str, Any] = {"pipeline": type(pipeline).__name__}
     try:
         pipeline.load_lora_weights(
             str(path.parent), weight_name=path.name, adapter_name=LOADED, use_safetensors=True
         )
     except Exception as error:  # a foreign loader may fail in any way; each is a verdict
         reason = f"its loader refuses the file: {type(error).__name__}: {error}"
-        return {"loads": False, "keys_used": 0, "keys_ignored": list(tensors), "reasons": [reason]}
+        verdict |= {"loads": False, "keys_used": 0, "keys_ignored": list(tensors)}
+        return verdict | {"strength": None, "reasons": [reason]}
+    layers = _layers(transformer)
     slots = {
         f"{export.PREFIX}{module}.{half}.weight": getattr(layer, half)[LOADED].weight
-        for module, layer in _layers(transformer).items()
+        for module, layer in layers.items()
         for half in ("lora_A", "lora_B")
     }
     used = [key for key, tensor in tensors.items() if key in slots and _holds(slots[key], tensor)]
-    unfilled = sorted(slots.keys() - set(used))
-    roundoff = Roundoff.of(file_type, torch.float32, transformer.dtype)
-    weights = _compare(adapter, lambda module: loaded_factors(transformer, module), roundoff)
-    ignored = sorted(tensors.keys() - set(used))
-    changed = list(_layers(transformer))
-    verdict = _verdict(adapter, used=used, ignored=ignored, changed=changed, weights=weights)
-    if unfilled:
+    ignored = [key for key in tensors if key not in used]
+    roundoff = case.roundoff + Roundoff.of(transformer.dtype)
+    weights = _compare(case.adapter, lambda m: loaded_factors(transformer, m), roundoff)
+    verdict |= _verdict(case.adapter, used, ignored, list(layers), weights)
+    if unfilled := sorted(slots.keys() - set(used)):
         verdict["loads"] = False
         verdict["reasons"].append(f"{unfilled[0]} isn't in the file and gets random weights")
-    return verdict | {"pipeline": type(pipeline).__name__}
+    return verdict
 
 
 def _verdict(
-    adapter: Adapter,
-    *,
-    used: list[str],
-    ignored: list[str],
-    changed: list[str],
-    weights: dict[str, Any],
+    adapter: Adapter, used: list[str], ignored: list[str], changed: list[str], weights: dict
 ) -> dict[str, Any]:
     reasons = []
     if not used:
@@ -247,8 +245,7 @@ def _verdict(
         "loads": bool(used),
         "keys_used": len(used),
         "keys_ignored": ignored,
-        "strength": weights["strength"],
-        "weights": weights,
+        **weights,
         "reasons": reasons,
     }
 
@@ -270,59 +267,50 @@ def _compare(
         size = _product_norm(up, down)
         norm += size**2
         error_a, error_b = roundoff.error(down), roundoff.error(up)
-        bound = error_b * _spectral(down) + _spectral(up) * error_a + error_a * error_b
-        difference = torch.cat([up_found, -up], dim=1), torch.cat([down_found, down])
-        error = _product_norm(*difference)
+        bound = (error_b * matrix_norm(down, 2) + (matrix_norm(up, 2) + error_b) * error_a).item()
+        error = _product_norm(torch.cat([up_found, -up], 1), torch.cat([down_found, down]))
         if error > worst_ratio * bound:
             worst_ratio = error / bound if bound else error / TINY
-            worst = {
-                "module": module,
-                "error": error / max(size, TINY),
-                "bound": bound / max(size, TINY),
-            }
+            size = max(size, TINY)
+            worst = {"module": module, "error": error / size, "bound": bound / size}
     strength = round(product / norm, 3) if norm else None
     return {"strength": strength, "within_bound": worst_ratio <= 1.0, "worst": worst}
 
 
 def _compare_output(
-    base: Tensor, trained: Tensor, loaded: Tensor, file_type: torch.dtype, own_type: torch.dtype
+    base: Tensor, trained: Tensor, loaded: Tensor, noise: float, file: Roundoff, own: Roundoff
 ) -> dict[str, Any]:
-    """Norms relative to the base's output; conclusive where the effect stands out of the bound."""
-    size = torch.linalg.vector_norm(base).item()
-    effect = torch.linalg.vector_norm(trained - base).item() / size
-    error = torch.linalg.vector_norm(loaded - trained).item() / size
-    bound = 8 * Roundoff.of(file_type, torch.float32).unit * effect
-    bound += 16 * Roundoff.of(own_type).unit
+    """Norms relative to the base's output; conclusive if half the strength would be seen."""
+    size = vector_norm(base).item()
+    effect = vector_norm(trained - base).item() / size
+    error = vector_norm(loaded - trained).item() / size
+    bound = 8 * file.unit * effect + 3 * noise / size + own.unit + 16 * FP32.unit
     return {
         "effect": effect,
         "error": error,
         "bound": bound,
         "within_bound": error <= bound,
-        "conclusive": effect > 4 * bound,
+        "conclusive": effect > 2 * bound,
     }
 
 
 def _batch(transformer: Any) -> dict[str, Tensor]:
     """Random, valid input at sigma 0.5: 4x4 image tokens and 8 text tokens."""
-    config, generator = transformer.config, torch.Generator().manual_seed(0)
-    place = {"device": transformer.device, "dtype": transformer.dtype}
-    side, text = IMAGE_SIDE, TEXT_TOKENS
-    zero = torch.arange(1)
+    config, draw = transformer.config, torch.Generator().manual_seed(0)
+    zero, side, text = torch.arange(1), torch.arange(4), torch.arange(8)
     batch = {
-        "hidden_states": torch.randn(1, side**2, config["in_channels"], generator=generator),
-        "encoder_hidden_states": torch.randn(
-            1, text, config["joint_attention_dim"], generator=generator
-        ),
+        "hidden_states": torch.randn(1, 16, config["in_channels"], generator=draw),
+        "encoder_hidden_states": torch.randn(1, 8, config["joint_attention_dim"], generator=draw),
         "timestep": torch.tensor([0.5]),
     }
     if config["guidance_embeds"]:
         batch["guidance"] = torch.tensor([1.0])
     ids = {
-        "img_ids": torch.cartesian_prod(zero, torch.arange(side), torch.arange(side), zero)[None],
-        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text))[None],
+        "img_ids": torch.cartesian_prod(zero, side, side, zero)[None],
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, text)[None],
     }
-    placed = {name: tensor.to(**place) for name, tensor in batch.items()}
-    return placed | {name: tensor.to(transformer.device) for name, tensor in ids.items()}
+    placed = {k: v.to(transformer.device, transformer.dtype) for k, v in batch.items()}
+    return placed | {k: v.to(transformer.device) for k, v in ids.items()}
 
 
 def _output(transformer: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -358,7 +346,7 @@ def _layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     return {n: m for n, m in transformer.named_modules() if isinstance(m, LoraLayer)}
 
 
-def _wide(weight: Tensor) -> Tensor:
+def _wide(weight: Any) -> Tensor:
     return weight.detach().cpu().double()
 
 
@@ -369,12 +357,4 @@ def _holds(slot: Tensor, tensor: Tensor) -> bool:
 def _product_norm(up: Tensor, down: Tensor) -> float:
     """|up @ down|_F without the product. QR, since a Gram matrix would square the rounding."""
     triangles = torch.linalg.qr(up, mode="r").R, torch.linalg.qr(down.T, mode="r").R
-    return torch.linalg.matrix_norm(triangles[0] @ triangles[1].T).item()
-
-
-def _spectral(weight: Tensor) -> float:
-    return torch.linalg.matrix_norm(weight, 2).item()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return matrix_norm(triangles[0] @ triangles[1].T).item()

@@ -30,8 +30,8 @@ class Progress:
 
     step: int
     """Optimizer steps done."""
-    config: str
-    """The resolved config as YAML."""
+    config: dict[str, Any]
+    """The resolved config."""
     data: str
     """Digest of the data set."""
     world: int

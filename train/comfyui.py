@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import Flux2Transformer2DModel
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 
 DOUBLE_BLOCK = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),

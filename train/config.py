@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 PIXEL_MULTIPLE = 16
 """Sides of pictures are multiples of this: the VAE's 8 times the patch's 2 (FLUX.2)."""
@@ -35,12 +36,17 @@ FileName = Annotated[
 ]
 
 
-class ConflictError(ValueError):
-    """Settings that don't fit together: what is wrong, by key as seen from the section."""
-
-    def __init__(self, problems: Mapping[str, str]) -> None:
-        super().__init__("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
-        self.problems = problems
+def conflict(problems: Mapping[str, str]) -> ValidationError:
+    """For validators: what is wrong with each key, dotted as seen from what is validated."""
+    errors: list[InitErrorDetails] = [
+        {
+            "type": PydanticCustomError("conflict", "{text}", {"text": text}),
+            "loc": tuple(filter(None, key.split("."))),
+            "input": key,
+        }
+        for key, text in problems.items()
+    ]
+    return ValidationError.from_exception_data("conflict", errors)
 
 
 class Section(BaseModel):
@@ -106,7 +112,7 @@ class DataConfig(Section):
                 if getattr(self, key) == value
             }
         ):
-            raise ConflictError(problems)
+            raise conflict(problems)
         return self
 
 
@@ -131,14 +137,13 @@ class LoraConfig(Section):
     @field_validator("targets")
     @classmethod
     def _patterns_compile(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        patterns = () if isinstance(value, str) else value
         if value == ():
-            raise ValueError("the list of patterns is empty")
-        for pattern in patterns:
+            raise conflict({"": "the list of patterns is empty"})
+        for pattern in () if isinstance(value, str) else value:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise conflict({"": f"{pattern!r} isn't a regular expression: {error}"}) from None
         return value
 
 
@@ -161,9 +166,7 @@ class FlowConfig(Section):
     def _density_is_used(self) -> Self:
         unused = [key for key in ("mean", "std") if key in self._changed()]
         if self.sampling == "uniform" and unused:
-            raise ConflictError(
-                dict.fromkeys(unused, "has no effect with sampling: uniform; remove it")
-            )
+            raise conflict(dict.fromkeys(unused, "has no effect with sampling: uniform; remove it"))
         return self
 
 
@@ -265,7 +268,7 @@ class Config(Section):
     data: DataConfig
     """Pictures and captions."""
     lora: LoraConfig = LoraConfig()
-    """The adapter."""
+    """The adapter's size, and where it attaches."""
     flow: FlowConfig = FlowConfig()
     """Noise levels."""
     optim: OptimConfig = OptimConfig()
@@ -291,7 +294,7 @@ class Config(Section):
             unused = "has no effect without preview.prompts; remove it or add prompts"
             problems |= {f"preview.{key}": unused for key in self.preview._changed()}
         if problems:
-            raise ConflictError(problems)
+            raise conflict(problems)
         return self
 
 
@@ -324,10 +327,8 @@ def _number(schema: Mapping[str, Any]) -> str:
 
 
 def _list(schema: Mapping[str, Any]) -> str:
-    if "items" in schema:
-        return f"a list of {allowed(schema['items'])}"
-    items = schema["prefixItems"]
-    return f"a list of {len(items)}, each {allowed(items[0])}"
+    count, item = schema.get("minItems"), schema.get("items") or schema["prefixItems"][0]
+    return f"a list of {count}, each {allowed(item)}" if count else f"a list of {allowed(item)}"
 
 
 _ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -337,5 +338,5 @@ _ALLOWED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "number": _number,
     "string": lambda schema: schema.get("patternErrorMessage", "text"),
     "array": _list,
-    "object": lambda schema: f"a section with keys of {', '.join(schema['properties'])}",
+    "object": lambda schema: " with ".join(["a section", *schema.get("required", ())]),
 }

@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,19 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.events import AliasEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.tokens import AliasToken, AnchorToken, TagToken
 
-from train.config import Config, ConflictError, allowed, either
+from train.config import Config, allowed, either
 from train.errors import ConfigError
 
 Key = tuple[str | int, ...]
 """Where a value is: section, setting, item of a list."""
+
+SCHEMA = Config.model_json_schema()
+REFERENCES = (AliasToken, AnchorToken, TagToken)
+"""Refused: they hide where a value comes from, or what it is."""
 
 CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"null|Null|NULL|~|"), lambda text: None),
@@ -36,20 +40,13 @@ CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"[-+]?[0-9]+"), int),
     (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
-    (
-        re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
-        lambda text: float(text.replace(".", "")),
-    ),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda s: float(s.replace(".", ""))),
 )
 """YAML 1.2.2, section 10.3.2: what a scalar without quotes means; anything else is text."""
 
 SYNTAX = (  # ruamel's words -> ours, and whether the start of the construct is the better line
     (r"found character '\\t'", "a tab where YAML wants spaces; replace the tab", False),
-    (
-        r"mapping values are not",
-        "a second ': '; put text in quotes, or mend the indentation",
-        False,
-    ),
+    (r"mapping values are", "a second ': '; put text in quotes, or mend the indentation", False),
     (r"unexpected end of stream", "a quote opens here and never closes", True),
     (r"expected ',' or", "a bracket opens here and never closes, or lacks a comma", True),
     (r"expected <block end>", "text after a closing quote or bracket, or indented askew", False),
@@ -61,9 +58,8 @@ SYNTAX = (  # ruamel's words -> ours, and whether the start of the construct is 
 )
 
 SYNONYMS = {  # what other trainers call it
-    "learning_rate": "optim.lr", "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup",
-    "max_train_steps": "train.steps", "train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.accumulate", "mixed_precision": "base.dtype",
+    "learning_rate": "optim.lr", "lr_scheduler": "optim.schedule", "max_train_steps": "train.steps",
+    "train_batch_size": "train.batch_size", "gradient_accumulation_steps": "train.accumulate",
     "network_dim": "lora.rank", "network_alpha": "lora.alpha", "name_or_path": "base.model",
     "pretrained_model_name_or_path": "base.model", "instance_data_dir": "data.path",
     "folder_path": "data.path", "trigger_word": "data.trigger", "output_dir": "output",
@@ -90,7 +86,7 @@ def dump(config: Config) -> str:
     """The whole config as YAML, defaults written out; loads back equal."""
     yaml, text = YAML(typ="safe", pure=True), StringIO()
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.dump(config.model_dump(mode="json"), text)
     return text.getvalue()
 
@@ -101,24 +97,14 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def schema_text() -> str:
-    """What configs/schema.json holds: JSON schema, with the fields' docs for editors."""
-    return json.dumps(_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-# ---- reading: text to nodes
-
-
 def _read(path: Path) -> str:
-    """The file's text; a byte order mark is dropped."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {_near_files(path)}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; {_near_files(path / '*')}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+        hint = f"is a folder; {_near_files(path / '*')}" if path.is_dir() else error.strerror
+        raise ConfigError(f"{path}: {hint}") from None
     except UnicodeDecodeError as error:
         line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
         raise ConfigError(f"{path}:{line}: byte 0x{byte:02x} isn't UTF-8; save as UTF-8") from None
@@ -132,39 +118,27 @@ def _near_files(path: Path) -> str:
 
 
 class _SyntaxError(Exception):
-    """Text that isn't our YAML; `line` counts from 1."""
-
-    def __init__(self, message: str, *, line: int) -> None:
-        super().__init__(message)
-        self.line = line
+    """Text that isn't our YAML: message, line from 1."""
 
 
 def _compose(text: str) -> Node | None:
     """YAML nodes with their lines; None where there is no value at all. Raises _SyntaxError."""
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
-            _refuse_reference(event)
+        for token in YAML(typ="safe", pure=True).scan(text):
+            if isinstance(token, REFERENCES):
+                sign = f"'{text[token.start_mark.index]}' starts an anchor, alias or tag"
+                fault = f"{sign}; write the value out, or put the text in quotes"
+                raise _SyntaxError(fault, token.start_mark.line + 1)
         return YAML(typ="safe", pure=True).compose(text)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        character = f"control character U+{error.character:04X}; remove it"
-        raise _SyntaxError(character, line=line) from None
+        raise _SyntaxError(f"control character U+{error.character:04X}; remove it", line) from None
     except MarkedYAMLError as error:
         for pattern, ours, at_start in SYNTAX:
             if match := re.search(pattern, error.problem):
                 mark = error.context_mark if at_start else error.problem_mark
-                raise _SyntaxError(match.expand(ours), line=mark.line + 1) from None
+                raise _SyntaxError(match.expand(ours), mark.line + 1) from None
         raise
-
-
-def _refuse_reference(event: Any) -> None:
-    """Anchors, aliases and tags hide where a value comes from, or what it is."""
-    sign = "*" if isinstance(event, AliasEvent) else ""
-    if isinstance(event, NodeEvent) and not sign:
-        sign = "&" if event.anchor else "!" if event.tag else ""
-    if sign:
-        what = f"'{sign}' starts an anchor, alias or tag; write the value out, or quote the text"
-        raise _SyntaxError(what, line=event.start_mark.line + 1)
 
 
 def _plain(node: Node | None) -> Any:
@@ -173,7 +147,7 @@ def _plain(node: Node | None) -> Any:
         return {_word(key): _plain(value) for key, value in node.value}
     if isinstance(node, SequenceNode):
         return tuple(_plain(item) for item in node.value)
-    if node is None or node.style:
+    if not isinstance(node, ScalarNode) or node.style:
         return node and node.value
     fits = (construct for pattern, construct in CORE_SCHEMA if pattern.fullmatch(node.value))
     return next(fits, str)(node.value)
@@ -181,9 +155,6 @@ def _plain(node: Node | None) -> Any:
 
 def _word(key: Node) -> str:
     return key.value if isinstance(key, ScalarNode) else _show(_plain(key))
-
-
-# ---- drafting: nodes to a plain tree
 
 
 @dataclass(frozen=True)
@@ -196,9 +167,8 @@ class _Place:
 
     def say(self, key: Key, message: str) -> str:
         where = f"{self.source}:{self.line}" if self.line else self.source
-        return ": ".join(
-            [where, message] if key in ((), self.sets) else [where, _dotted(key), message]
-        )
+        name = "" if key in ((), self.sets) else f"{_dotted(key)}: "
+        return f"{where}: {name}{message}"
 
 
 class _Draft:
@@ -210,7 +180,7 @@ class _Draft:
         try:
             node = _compose(_read(path))
         except _SyntaxError as error:
-            raise ConfigError(f"{path}:{error.line}: {error}") from None
+            raise ConfigError(f"{path}:{error.args[1]}: {error.args[0]}") from None
         if node is None:
             raise ConfigError(f"{path}: is empty; start from one of the recipes in configs/")
         if not isinstance(node, MappingNode):
@@ -246,24 +216,24 @@ class _Draft:
         try:
             node = _compose(text)
         except _SyntaxError as error:
-            return str(error)
+            return error.args[0]
         if node is None and text.strip():
             return "'#' starts a comment; put the value in quotes"
         if isinstance(node, MappingNode):
             return "YAML reads the value as a mapping; put it in quotes, or set one key at a time"
-        if key in self.places and self.places[key].sets:
-            return f"{_dotted(key)} has two overrides; leave one out"
+        replaced = {k: p for k, p in self.places.items() if k[: len(key)] == key}
+        if any(earlier.sets for earlier in replaced.values()):
+            return "another override sets this too; leave one out"
         section = self.tree
-        for part in key[:-1]:
-            if section.get(str(part)) is None:
-                section[str(part)] = {}
-            section = section[str(part)]
+        for depth, part in enumerate(map(str, key[:-1]), 1):
+            if section.get(part) is None:
+                section[part] = {}
+                self.places.setdefault(key[:depth], place)
+            section = section[part]
             if not isinstance(section, dict):
                 return f"'{part}' isn't a section"
-        # Lines of what the override replaces would point at text that no longer counts.
-        kept = {k: p for k, p in self.places.items() if k[: len(key)] != key}
-        self.places = {**kept, key: place}
         section[str(key[-1])] = _plain(node)
+        self.places = {k: p for k, p in self.places.items() if k not in replaced} | {key: place}
         return None
 
     def validate(self) -> Config | None:
@@ -274,9 +244,7 @@ class _Draft:
         try:
             return Config.model_validate(self.tree)
         except ValidationError as error:
-            faults: dict[Key, str] = {}
-            for key, message in _explain(error.errors(include_url=False), self.tree):
-                faults.setdefault(key, message)  # a union has an error for each of its branches
+            faults = dict(_explain(error.errors(), self.tree))
         for key, message in faults.items():
             prefixes = (key[:length] for length in range(len(key), -1, -1))
             place = next(self.places[prefix] for prefix in prefixes if prefix in self.places)
@@ -284,76 +252,51 @@ class _Draft:
         return None
 
 
-# ---- explaining: pydantic's errors to our words
-
-
-def _explain(errors: Sequence[ErrorDetails], tree: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Key and message of each fault. A key that is only misspelt isn't also reported missing."""
-    meant = {
-        k for error in errors if error["type"] == "extra_forbidden" for k in _meant(error["loc"])
-    }
+def _explain(errors: Sequence[ErrorDetails], tree: Any) -> Iterator[tuple[Key, str]]:
+    """Key and message of each fault; a key that is only misspelt isn't also reported missing."""
+    unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    meant = [key for loc in unknown for key in _meant(loc)]
     for error in errors:
-        if error["type"] != "missing" or error["loc"] not in meant:
-            yield from MAKERS.get(error["type"], _mismatch)(error, tree)
+        kind, loc = error["type"], error["loc"]
+        if kind == "missing" and isinstance(loc[-1], int):  # an item of a list that is too short
+            kind, loc = "too_short", loc[:-1]
+        key, schema = _narrow(loc)
+        match kind:
+            case "extra_forbidden":
+                yield loc, _unknown(loc)
+            case "missing" if key in meant:
+                pass
+            case "missing":
+                yield key, f"missing; it must be {allowed(schema)}"
+            case "conflict":
+                yield key, error["msg"]
+            case _:
+                yield key, _mismatch(schema, reduce(lambda value, part: value[part], key, tree))
 
 
-def _unknown(error: ErrorDetails, tree: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    key = error["loc"]
+def _unknown(key: Key) -> str:
     meant = _meant(key)
     names = [f"'{k[-1] if k[:-1] == key[:-1] else _dotted(k)}'" for k in meant]
     if names == [f"'{key[-1]}'"]:  # a dotted key
-        yield key, f"unknown key; in a file, write '{meant[0][-1]}' below '{meant[0][0]}:'"
-    elif names:
-        yield key, f"unknown key; did you mean {either(names)}?"
-    else:
-        yield key, f"unknown key; allowed here: {', '.join(_narrow(key[:-1])[1]['properties'])}"
+        return f"unknown key; in a file, write '{meant[0][-1]}' below '{meant[0][0]}:'"
+    if names:
+        return f"unknown key; did you mean {either(names)}?"
+    return f"unknown key; allowed here: {', '.join(_narrow(key[:-1])[1]['properties'])}"
 
 
-def _missing(error: ErrorDetails, tree: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    key, schema = _narrow(error["loc"])
-    if isinstance(key[-1], int):  # of a list that is too short
-        yield from _mismatch({**error, "loc": key[:-1]}, tree)
-    elif "properties" in schema:
-        yield key, f"missing; add the section, with at least {', '.join(schema['required'])}"
-    else:
-        yield key, f"missing; it must be {allowed(schema)}"
-
-
-def _refused(error: ErrorDetails, tree: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    key, reason = _narrow(error["loc"])[0], error.get("ctx", {})["error"]
-    problems = reason.problems if isinstance(reason, ConflictError) else {"": str(reason)}
-    return [((*key, *filter(None, name.split("."))), text) for name, text in problems.items()]
-
-
-def _mismatch(error: ErrorDetails, tree: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    key, schema = _narrow(error["loc"])
-    value: Any = tree
-    for part in key:
-        value = value[part]
+def _mismatch(schema: dict[str, Any], value: Any) -> str:
     hint, branches = "", schema.get("anyOf", [schema])
     words = [word for branch in branches for word in branch.get("enum", ())]
     if isinstance(value, str) and (near := difflib.get_close_matches(value.lower(), words, n=1)):
         hint = f"; did you mean '{near[0]}'?"
     elif isinstance(value, bool | int | float | dict) and not words:
         hint = "; put it in quotes" if any(b["type"] == "string" for b in branches) else ""
-    yield key, f"must be {allowed(schema)}; got {_show(value)}{hint}"
-
-
-MAKERS: dict[str, Callable[[ErrorDetails, dict[str, Any]], Iterable[tuple[Key, str]]]] = {
-    "extra_forbidden": _unknown,
-    "missing": _missing,
-    "value_error": _refused,
-}
-
-
-@cache
-def _schema() -> dict[str, Any]:
-    return Config.model_json_schema()
+    return f"must be {allowed(schema)}; got {_show(value)}{hint}"
 
 
 def _narrow(loc: Key) -> tuple[Key, dict[str, Any]]:
     """The part of pydantic's location that is a key, and its schema; unions add branch names."""
-    key, schema = (), _schema()
+    key, schema = (), SCHEMA
     for part in loc:
         if part in schema.get("properties", ()):
             below = schema["properties"][part]
@@ -362,7 +305,7 @@ def _narrow(loc: Key) -> tuple[Key, dict[str, Any]]:
         else:
             break
         if "$ref" in below:
-            below = _schema()["$defs"][below["$ref"].removeprefix("#/$defs/")]
+            below = SCHEMA["$defs"][below["$ref"].removeprefix("#/$defs/")]
         key, schema = (*key, part), below
     return key, schema
 
@@ -371,7 +314,7 @@ def _meant(loc: Key) -> list[Key]:
     """The settings that an unknown key may stand for: the same word anywhere, else a near one."""
     word = str(loc[-1]).lower().replace("-", "_")
     word = SYNONYMS.get(word, word)
-    tops: list[Key] = [(name,) for name in _schema()["properties"]]
+    tops: list[Key] = [(name,) for name in SCHEMA["properties"]]
     keys = tops + [(*top, name) for top in tops for name in _narrow(top)[1].get("properties", ())]
     if same := [key for key in keys if word in (key[-1], _dotted(key))]:
         return same
@@ -384,20 +327,23 @@ def _meant(loc: Key) -> list[Key]:
 
 def _show(value: Any) -> str:
     """A value as in YAML, cut to 60 characters."""
-    if isinstance(value, tuple):
-        text = f"[{', '.join(_show(item) for item in value)}]"
-    elif value is None or isinstance(value, bool | dict):
-        text = "a mapping" if isinstance(value, dict) else json.dumps(value)
-    else:
-        text = repr(value)
+    match value:
+        case tuple():
+            text = f"[{', '.join(map(_show, value))}]"
+        case dict():
+            text = "a mapping"
+        case None | bool():
+            text = json.dumps(value)
+        case _:
+            text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return "".join(f", item {k + 1}" if isinstance(k, int) else f".{k}" for k in key)[1:]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--schema"]:
         sys.exit("usage: python -m train.config_load --schema > configs/schema.json")
-    sys.stdout.write(schema_text())
+    sys.stdout.write(json.dumps(SCHEMA, indent=2) + "\n")

@@ -44,6 +44,9 @@ class Finding:
     todo: str = ""
 
 
+Check = Callable[[], Iterable[Finding]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the report; 0 if training on the toy base can work, else 2."""
     parser = argparse.ArgumentParser(prog="kindling doctor", description=__doc__)
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder of encoded data")
     options = parser.parse_args(argv)
     findings = list(examine(options.output, options.cache, online=options.online))
-    ready = all(finding.state != "missing" for finding in findings)
+    ready = all(f.state != "missing" for f in findings)
     if options.json:
         print(json.dumps({"ready": ready, "findings": [asdict(f) for f in findings]}, indent=2))
     else:
@@ -63,32 +66,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_report(findings: list[Finding], *, ready: bool) -> None:
     """A line for each finding, and below it what to do about it."""
-    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        print(f"{finding.state:<8}{finding.name:<{width}}  {finding.found}")
+        print(f"{finding.state:<8}{finding.name:<16}{finding.found}")
         if finding.todo:
-            print(f"{'':<{8 + width}}  -> {finding.todo}")
+            print(f"{'':<24}-> {finding.todo}")
     verdict = "can work here" if ready else "can't work here until what is missing is there"
     print(f"\nTraining on the toy base {verdict}.")
 
 
 def examine(output: Path, cache: Path, *, online: bool) -> Iterator[Finding]:
     """All findings, in the order in which a reader wants them."""
-    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield Finding("python", "OK", python)
+    yield Finding("python", "OK", f"{platform.python_version()}, {platform.platform(terse=True)}")
     yield from guarded("packages", check_packages)
     yield from guarded("torch", check_torch)
     yield from guarded("8-bit optimizer", check_bitsandbytes, broken="look")
     yield check_memory(available_memory())
-    smaller = f"choose another folder, with {TOY_DISK / GB:.0f} GB free"
-    yield check_disk("disk, runs", output, need=TOY_DISK, lacking="missing", todo=smaller)
-    yield check_disk("disk, cache", cache, need=TOY_DISK, lacking="missing", todo=smaller)
+    todo = f"choose another folder, with {TOY_DISK / GB:.0f} GB free"
+    for name, folder in (("disk, runs", output), ("disk, cache", cache)):
+        yield check_disk(name, folder, need=TOY_DISK, lacking="missing", todo=todo)
     yield from guarded("hub", lambda: check_hub(online=online), broken="look")
 
 
-def guarded(
-    name: str, check: Callable[[], Iterable[Finding]], *, broken: State = "missing"
-) -> Iterator[Finding]:
+def guarded(name: str, check: Check, *, broken: State = "missing") -> Iterator[Finding]:
     """The check's findings; if a library breaks it, that is the finding."""
     try:
         yield from check()
@@ -137,7 +136,8 @@ def check_torch() -> Iterator[Finding]:
         yield no_gpu(seen, cuda=torch.version.cuda)
         return
     driver = seen[0].split(", ")[-1] if seen else "unknown"
-    yield from (check_gpu(index, driver=driver) for index in range(torch.cuda.device_count()))
+    for index in range(torch.cuda.device_count()):
+        yield check_gpu(index, driver=driver)
 
 
 def nvidia_smi() -> list[str]:
@@ -189,7 +189,7 @@ def check_bitsandbytes() -> Iterator[Finding]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.nn.Parameter(torch.ones(8192, device=device))  # under 4096: fp32 moments
-    weight.grad = torch.ones_like(weight)
+    weight.grad = weight.detach()
     bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
     assert (weight < 1).all(), f"a wrong step on {device}"
     yield Finding("8-bit optimizer", "OK", f"steps on {device}")
@@ -208,10 +208,10 @@ def available_memory() -> float | None:
 
 def check_memory(available: float | None) -> Finding:
     """RAM that is free now."""
+    todo = f"the toy base needs {TOY_MEMORY / GB} GB: close other programs"
     if available is None:
-        return Finding("RAM", "look", "unknown", f"the toy base needs {TOY_MEMORY / GB} GB free")
+        return Finding("RAM", "look", "unknown", todo)
     found = f"{available / GB:.1f} GB available"
-    todo = f"close other programs: the toy base needs {TOY_MEMORY / GB} GB"
     enough = available >= TOY_MEMORY
     return Finding("RAM", "OK", found) if enough else Finding("RAM", "missing", found, todo)
 

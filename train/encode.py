@@ -9,6 +9,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ def encode_pictures(
     """
     missing = _missing({keys.picture(picture): picture for picture in wanted}, cache)
     if missing:
-        vae = base.load_vae(device)
+        # in bf16 its rounding would be baked into every latent
+        vae = base.load_vae(device, torch.float32)
         for name, picture in _progress(missing[share[0] :: share[1]], "encode pictures", share):
             pixels = _pixels(pictures.fit(pictures.load_rgb(picture.path), picture.geometry))
             pixels = pixels.flip(-1) if picture.flip else pixels
@@ -131,7 +133,7 @@ def truncated(wanted: Sequence[str], *, keys: Keys, cache: Cache) -> dict[str, t
     return {prompt: (n, limit) for prompt, (n, limit) in counts.items() if n > limit}
 
 
-def encode_pixels(vae: torch.nn.Module, pixels_BCHW: Tensor) -> Tensor:
+def encode_pixels(vae: Any, pixels_BCHW: Tensor) -> Tensor:
     """Pixels in [-1, 1] (B, 3, 16h, 16w) -> normalised patch latents (B, D, h, w), fp32."""
     mode = vae.encode(pixels_BCHW).latent_dist.mode()
     return latents.normalize(
@@ -148,7 +150,7 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None]
 
 
-def _count_tokens(base: Base, tokenizer, prompt: str) -> int:
+def _count_tokens(base: Base, tokenizer: Any, prompt: str) -> int:
     if base.family.name == "dev":
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 

@@ -45,7 +45,7 @@ def draw(
     transformer.eval()
     pipeline = base.pipeline(
         scheduler=base.load_scheduler(),
-        vae=base.load_vae(device).to(base.dtype),
+        vae=base.load_vae(device, base.dtype),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ class Tracker:
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=start, desc="train", unit="step")
         if track.wandb != "off":
-            self._wandb = _start_wandb(folder, name=name, track=track, settings=settings)
+            self._wandb = _start_wandb(folder, track.wandb, name, track.project, settings)
 
     def step(self, done: int, metrics: dict[str, float]) -> None:
         """Record the step after which `done` steps are done."""
@@ -91,22 +91,22 @@ def _keep_steps(path: Path, *, upto: int) -> None:
     os.replace(temporary, path)
 
 
-def _start_wandb(folder: Path, *, name: str, track: TrackConfig, settings: dict[str, Any]) -> Any:
+def _start_wandb(
+    folder: Path,
+    mode: Literal["online", "offline"],
+    name: str,
+    project: str,
+    settings: dict[str, Any],
+) -> Any:
     try:
         import wandb
     except ImportError:
         raise MachineError(
-            f"track.wandb is {track.wandb!r} but wandb isn't installed: "
+            f"track.wandb is {mode!r} but wandb isn't installed: "
             "pip install wandb, or set track.wandb: off"
         ) from None
     try:
-        return wandb.init(
-            project=track.project,
-            name=name,
-            dir=folder,
-            mode=track.wandb,
-            config=settings,
-        )
+        return wandb.init(project=project, name=name, dir=folder, mode=mode, config=settings)
     except wandb.Error as error:
         raise MachineError(
             f"track.wandb: {error}. `wandb login` sets the key; track.wandb: offline needs none."

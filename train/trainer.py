@@ -59,7 +59,7 @@ class Trainer:
         previews: Previews,
         tracker: Tracker,
         folder: Path,
-        progress: Progress,
+        data_digest: str,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -67,7 +67,7 @@ class Trainer:
         self._order, self._loader = order, loader
         self._previews, self._tracker = previews, tracker
         self._folder = folder
-        self._progress = progress
+        self._data_digest = data_digest
         self._bare = transformer
         self._parameters = lora.trainable(transformer)
         optimizer = optim.build_optimizer(config.optim, self._parameters)
@@ -122,7 +122,8 @@ class Trainer:
         """Write a checkpoint, if the weights are numbers."""
         self._settle()
         if self._accelerator.is_main_process:
-            progress = Progress(done, self._progress.config, self._progress.data, self._world)
+            settings = self._config.model_dump(mode="json")
+            progress = Progress(done, settings, self._data_digest, self._world)
             content = Checkpoint(
                 progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
             )

@@ -1,0 +1,78 @@
+"""The schema itself: defaults, immutability, ranges and what must fit together."""
+
+import pytest
+from pydantic import ValidationError
+
+from train.config import Config, LoraConfig, allowed
+
+MINIMAL = {"name": "x", "data": {"path": "pictures"}, "train": {"steps": 10}}
+
+
+def problems(**sections: object) -> dict[str, str]:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate(MINIMAL | sections)
+    return {".".join(map(str, error["loc"])): error["msg"] for error in caught.value.errors()}
+
+
+def test_three_settings_are_enough() -> None:
+    config = Config.model_validate(MINIMAL)
+    assert (config.base.model, config.lora.rank, config.optim.lr) == ("dev", 16, 1e-4)
+
+
+def test_a_config_never_changes() -> None:
+    config = Config.model_validate(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.lora.rank = 4
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (8, 0.5), (32, 2.0)])
+def test_scale_is_alpha_over_rank(alpha: float | None, scale: float) -> None:
+    assert LoraConfig(rank=16, alpha=alpha).scale == scale
+
+
+def test_settings_without_effect_are_refused_where_they_are() -> None:
+    assert problems(flow={"sampling": "uniform", "mean": 1.0, "std": 2}) == {
+        "flow.mean": "has no effect with sampling: uniform; remove it",
+        "flow.std": "has no effect with sampling: uniform; remove it",
+    }
+    assert problems(preview={"every": 5, "width": 64}) == {
+        "preview.every": "has no effect without preview.prompts; remove it or add prompts",
+        "preview.width": "has no effect without preview.prompts; remove it or add prompts",
+    }
+
+
+def test_a_default_written_out_is_as_good_as_none() -> None:
+    spelled = {"flow": {"sampling": "uniform", "mean": 0.0}, "preview": {"every": 250}}
+    assert Config.model_validate(MINIMAL | spelled).flow.mean == 0.0
+
+
+def test_trigger_is_needed_by_the_settings_that_use_it() -> None:
+    data = {"path": "p", "trigger_mode": "prepend", "missing_captions": "trigger"}
+    assert problems(data=data) == {
+        "data.trigger_mode": "is 'prepend' but data.trigger is not set",
+        "data.missing_captions": "is 'trigger' but data.trigger is not set",
+    }
+    assert Config.model_validate(MINIMAL | {"data": {**data, "trigger": "zibby"}})
+
+
+def test_warmup_ends_before_training_does() -> None:
+    assert list(problems(optim={"warmup": 10})) == ["optim.warmup"]
+    assert Config.model_validate(MINIMAL | {"optim": {"warmup": 9}})
+
+
+@pytest.mark.parametrize("name", ["../x", ".x", "a b", "", "x" * 101, "a/b", "x\n"])
+def test_a_name_is_a_safe_file_name(name: str) -> None:
+    assert "name" in problems(name=name)
+
+
+def test_beta_of_one_is_refused() -> None:
+    assert "optim.betas.1" in problems(optim={"betas": (0.9, 1.0)})
+
+
+def test_every_setting_has_a_description_and_words() -> None:
+    schema = Config.model_json_schema()
+    for section in [schema, *schema["$defs"].values()]:
+        for key, field in section["properties"].items():
+            assert field["description"], key
+            if "$ref" not in field:
+                assert allowed(field), key

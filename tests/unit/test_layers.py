@@ -1,0 +1,210 @@
+"""The architecture as a test: imports go downward only, and every module has a layer.
+
+The three tables below are the architecture; a new module gets its line here first. Imports inside
+functions and under TYPE_CHECKING count. Only our own modules are looked at.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAYERS = {
+    0: ["train", "data_tools", "scripts", "train.errors"],
+    1: ["train.config", "train.config_load"],
+    2: [
+        *("train.flow", "train.latents", "train.cache", "train.randomness"),
+        *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
+        *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
+    ],
+    3: [
+        *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
+        *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+    ],
+    4: ["train.objective", "train.sample", "train.certify"],
+    5: ["train.loop", "train.trainer", "train.prepare"],
+    6: ["train.run", "train.export_run", "train.compare"],
+    7: ["data_tools.inspect", "train.doctor", "train.py", "scripts.*"],
+}
+"""Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
+
+HIGHEST = {
+    "train.base": 1,
+    "train.lora": 1,
+    "train.optim": 1,
+    "train.checkpoint": 1,
+    "train.track": 1,
+    "train.export": 1,
+    "train.objective": 2,
+    "train.loop": 0,
+    "data_tools.inspect": 2,
+}
+"""Modules that may import from fewer layers than those below their own: the highest allowed."""
+
+SIDEWAYS = {
+    "train.config_load": {"train.config"},
+    "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
+    "data_tools.folder": {"data_tools.formats"},
+    "data_tools.sources": {"data_tools.captions", "data_tools.folder"},
+    "data_tools.records": {"data_tools.*"},
+    "train.encode": {"train.base"},
+    "train.checkpoint": {"train.lora"},
+    "train.export": {"train.lora"},
+    "train.run": {"train.export_run"},
+    "train.py": {"scripts.kindling"},
+    "scripts.*": {"scripts.*"},
+}
+"""Allowed imports inside a layer (fnmatch patterns)."""
+
+
+def source_files() -> dict[str, Path]:
+    """Our modules, by name; the launcher `train.py` keeps its suffix, the package has the name."""
+    files = {}
+    for package in ("train", "data_tools", "scripts"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    if (ROOT / "train.py").exists():
+        files["train.py"] = ROOT / "train.py"
+    return files
+
+
+def layer_of(module: str) -> int | None:
+    """The layer of a module; None if it isn't in the table."""
+    for layer, patterns in LAYERS.items():
+        if any(fnmatchcase(module, pattern) for pattern in patterns):
+            return layer
+    return None
+
+
+def imports(tree: ast.AST, *, package: str, modules: set[str]) -> Iterator[str]:
+    """Which of `modules` a source file of `package` imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            origin = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            found = next((prefix for prefix in prefixes if prefix in modules), None)
+            if found:
+                yield found
+
+
+def fault(module: str, imported: str) -> str | None:
+    """Why `module` may not import `imported`, both in the table; None if it may."""
+    layer, below = layer_of(module), layer_of(imported)
+    if layer is None or below is None or module == imported:
+        return None  # a module without a layer has a test of its own
+    for importer, allowed in SIDEWAYS.items():
+        if fnmatchcase(module, importer) and any(fnmatchcase(imported, a) for a in allowed):
+            return None if below == layer else f"{module}: SIDEWAYS is for one layer only"
+    highest = HIGHEST.get(module, layer - 1)
+    if below <= highest:
+        return None
+    return f"{module} (layer {layer}) imports {imported} (layer {below}); it may up to {highest}"
+
+
+def test_every_module_has_a_layer() -> None:
+    homeless = [name for name in source_files() if layer_of(name) is None]
+    assert not homeless, f"no layer for {homeless}: put each into LAYERS in {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("module", sorted(source_files()))
+def test_imports_go_downward(module: str) -> None:
+    files = source_files()
+    path = files[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    found = set(imports(tree, package=package, modules=set(files)))
+    faults = [reason for imported in sorted(found) if (reason := fault(module, imported))]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("train.errors", "train.config"),
+        ("train.config", "train.config_load"),
+        ("train.flow", "train.lora"),
+        ("train.lora", "train.flow"),
+        ("train.optim", "train.lora"),
+        ("train.loop", "train.config"),
+        ("train.objective", "train.lora"),
+        ("data_tools.buckets", "data_tools.pictures"),
+        ("data_tools.inspect", "train.base"),
+        ("train.run", "scripts.kindling"),
+        ("scripts.demo", "train.py"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, imported: str) -> None:
+    assert fault(module, imported)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import train.flow as f", {"train.flow"}),
+        ("from train import flow, lora", {"train.flow", "train.lora"}),
+        ("from train.flow import shift", {"train.flow"}),
+        ("from . import flow", {"train.flow"}),
+        ("from .flow import shift", {"train.flow"}),
+        ("def f():\n    from train import lora", {"train.lora"}),
+        ("if TYPE_CHECKING:\n    import train.lora", {"train.lora"}),
+        ("import torch, trainer", set()),
+    ],
+)
+def test_every_kind_of_import_is_seen(source: str, found: set[str]) -> None:
+    modules = {"train", "train.flow", "train.lora"}
+    assert set(imports(ast.parse(source), package="train", modules=modules)) == found
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    """Run this Python; its output, stripped."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_config_and_command_line_come_without_torch() -> None:
+    names = sorted(m for m in source_files() if m.startswith(("train.config", "scripts.kindling")))
+    heavy = {"torch", "numpy", "diffusers", "transformers"}
+    code = f"import sys, {', '.join(names)}; print(sorted({heavy} & set(sys.modules)))"
+    assert "train.config" in names
+    assert python("-c", code, cwd=ROOT) == "[]"
+
+
+def test_help_comes_without_pydantic() -> None:
+    code = "import sys, scripts.kindling; print('pydantic' in sys.modules)"
+    assert python("-c", code, cwd=ROOT) == "False"
+
+
+@pytest.mark.parametrize("is_package", [True, False])
+def test_the_launcher_finds_the_package_of_its_own_name(tmp_path: Path, is_package: bool) -> None:
+    """`train.py` beside `train/` imports from the folder, and only thanks to its __init__.py."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "part.py").write_text("place = 'package'\n")
+    if is_package:
+        (tmp_path / "train" / "__init__.py").touch()
+    launcher = "try:\n    from train import part\nexcept ImportError:\n    print('lost')\n"
+    (tmp_path / "train.py").write_text(launcher + "else:\n    print(part.place)\n")
+    answer = python("-S", "train.py", cwd=tmp_path)  # -S: without the installed Kindling
+    assert answer.splitlines()[0] == ("package" if is_package else "lost")
+
+
+def test_the_package_wins_over_the_launcher_here() -> None:
+    assert (ROOT / "train" / "__init__.py").is_file()
+    found = python("-c", "import train; print(train.__file__)", cwd=ROOT)
+    assert Path(found) == ROOT / "train" / "__init__.py"

@@ -1,0 +1,467 @@
+"""Every kind of picture file: the right pixels, or the one right message."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from data_tools import pictures
+from data_tools.buckets import Geometry
+from data_tools.pictures import PictureError
+from tests.unit import hostile
+
+# pytest undoes the filter that data_tools.pictures sets
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
+P3 = {
+    "red": (0.51512, 0.24120, -0.00105),
+    "green": (0.29198, 0.69225, 0.04189),
+    "blue": (0.15710, 0.06657, 0.78407),
+    "gamma": 2.19921875,
+}
+SRGB_D50 = np.array(
+    [[0.43607, 0.38515, 0.14308], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
+READS = "(Kindling reads JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, JPEG 2000 and PPM)"
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = pictures.load_rgb(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def srgb(linear: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1, 8 bits."""
+    linear = np.clip(linear, 0, 1)
+    curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.round(curve * 255)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path: Path, suffix: str, orientation: int) -> None:
+    upright = hostile.quadrants()
+    path = hostile.oriented(tmp_path / f"a{suffix}", upright, orientation)
+    found = pictures.probe(path)
+    assert (found.width, found.height) == (96, 64)
+    result = pixels(path)
+    assert result.shape == upright.shape
+    assert np.abs(result.astype(int) - upright).max() <= (3 if suffix == ".jpg" else 0)
+
+
+def test_orientation_behind_the_pixels(tmp_path: Path) -> None:
+    """PNG allows eXIf at the end, where reading the header alone doesn't see it."""
+    rows = hostile.stored(hostile.quadrants(), 6)
+    data = hostile.png(
+        width=64,
+        height=96,
+        depth=8,
+        color=2,
+        rows=rows.tobytes(),
+        late=((b"eXIf", hostile.exif(6)),),
+    )
+    path = written(tmp_path / "a.png", data)
+    first = pictures.probe(path)
+    again = pictures.probe(path, proven={first.sha256})
+    assert (first.width, first.height) == (again.width, again.height) == (96, 64)
+    assert (pixels(path) == hostile.quadrants()).all()
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_senseless_orientation_is_upright(tmp_path: Path, value: int) -> None:
+    tags = Image.Exif()
+    tags[hostile.ORIENTATION] = value
+    Image.fromarray(hostile.quadrants()).save(tmp_path / "a.png", exif=tags)
+    assert (pixels(tmp_path / "a.png") == hostile.quadrants()).all()
+
+
+def test_damaged_exif_is_no_fault(tmp_path: Path) -> None:
+    image = Image.fromarray(hostile.quadrants())
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=98)
+    assert pixels(tmp_path / "a.jpg").shape == (64, 96, 3)
+    assert pictures.probe(tmp_path / "a.jpg").width == 96
+
+
+def test_alpha_is_put_on_white(tmp_path: Path) -> None:
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 128]]], np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").tolist() == [[[10, 20, 30], [255, 255, 255], [132, 137, 142]]]
+    assert pictures.probe(tmp_path / "a.png").notes == ("transparency is put on white",)
+
+
+def test_grey_with_alpha(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8)).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").tolist() == [[[40] * 3, [255] * 3]]
+
+
+def test_palette(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=bytes([255, 0, 255]))
+    image.save(tmp_path / "plain.gif")
+    opaque = [[[10, 20, 30], [200, 100, 0], [0, 0, 255]]]
+    assert pixels(tmp_path / "plain.png").tolist() == opaque
+    assert pixels(tmp_path / "plain.gif").tolist() == opaque
+    opaque[0][1] = [255, 255, 255]
+    assert pixels(tmp_path / "clear.png").tolist() == opaque
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "expected"),
+    [
+        ("L", 7, [[[7 if i else 255] * 3 for i in (0, 1)]]),
+        ("RGB", (7, 7, 7), [[[255] * 3, [8] * 3]]),
+    ],
+)
+def test_a_transparent_colour(tmp_path: Path, mode: str, key: object, expected: list) -> None:
+    image = Image.new(mode, (2, 1), 7 if mode == "L" else (7, 7, 7))
+    image.putpixel((1, 0), 8 if mode == "L" else (8, 8, 8))
+    image.save(tmp_path / "a.png", transparency=key)
+    expected[0][1] = [8] * 3
+    assert pixels(tmp_path / "a.png").tolist() == expected
+
+
+def test_one_bit(tmp_path: Path) -> None:
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").tolist() == [[[0] * 3, [255] * 3]]
+
+
+GREY_16 = np.array([[0, 128, 129, 256, 32768, 65407, 65535]], np.uint16)
+GREY_8 = [0, 0, 1, 1, 128, 255, 255]  # round(v / 257), worked out by hand
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_grey_of_16_bits_is_scaled(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(GREY_16).save(path)
+    assert pixels(path)[0, :, 0].tolist() == GREY_8
+    assert (pixels(path) == pixels(path)[..., :1]).all()
+
+
+def test_big_endian_tiff_of_16_bits(tmp_path: Path) -> None:
+    tags = [(256, 7), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (278, 1), (279, 14)]
+    body = GREY_16.astype(">u2").tobytes()
+    directory = len(tags).to_bytes(2, "big") + b"".join(
+        tag.to_bytes(2, "big") + b"\0\4\0\0\0\1" + value.to_bytes(4, "big") for tag, value in tags
+    )
+    path = written(
+        tmp_path / "a.tif", b"MM\0*" + (8 + 14).to_bytes(4, "big") + body + directory + bytes(4)
+    )
+    assert pixels(path)[0, :, 0].tolist() == GREY_8
+
+
+def test_png_of_16_bits_and_one_transparent_grey(tmp_path: Path) -> None:
+    data = hostile.png(
+        width=7,
+        height=1,
+        depth=16,
+        color=0,
+        rows=GREY_16.astype(">u2").tobytes(),
+        early=((b"tRNS", (32768).to_bytes(2, "big")),),
+    )
+    path = written(tmp_path / "a.png", data)
+    assert pixels(path)[0, :, 0].tolist() == [0, 0, 1, 1, 255, 255, 255]
+
+
+def test_rgb_png_of_16_bits(tmp_path: Path) -> None:
+    """Pillow keeps the high byte: at most one level below rounding."""
+    rgb = np.array([[[0, 32768, 65535], [257, 51400, 12850]]], ">u2")
+    data = hostile.png(width=2, height=1, depth=16, color=2, rows=rgb.tobytes())
+    assert pixels(written(tmp_path / "a.png", data)).tolist() == [[[0, 128, 255], [1, 200, 50]]]
+
+
+def test_display_p3_becomes_srgb(tmp_path: Path) -> None:
+    profile = hostile.rgb_profile(**P3)
+    colours = np.array([[[100, 150, 120], [200, 180, 160], [40, 40, 90], [255, 0, 0]]], np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png", icc_profile=profile)
+    matrix = np.array([P3["red"], P3["green"], P3["blue"]]).T
+    linear = (colours / 255) ** P3["gamma"]
+    expected = srgb(linear @ (np.linalg.inv(SRGB_D50) @ matrix).T)
+    result = pixels(tmp_path / "a.png")
+    assert np.abs(result - expected).max() <= 1
+    assert np.abs(expected[0, 0] - colours[0, 0]).max() > 5  # the profile does matter here
+
+
+def test_profile_and_alpha_together(tmp_path: Path) -> None:
+    rgba = np.array([[[100, 150, 120, 255], [100, 150, 120, 0]]], np.uint8)
+    profile = hostile.rgb_profile(**P3)
+    Image.fromarray(rgba).save(tmp_path / "a.png", icc_profile=profile)
+    Image.fromarray(rgba[:, :1, :3]).save(tmp_path / "b.png", icc_profile=profile)
+    result = pixels(tmp_path / "a.png")
+    assert result[0, 0].tolist() == pixels(tmp_path / "b.png")[0, 0].tolist()
+    assert result[0, 1].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_linear_grey_becomes_srgb(tmp_path: Path, depth: int) -> None:
+    value = np.array([[128 if depth == 8 else 128 * 257]], np.uint8 if depth == 8 else np.uint16)
+    profile = hostile.grey_profile(gamma=1.0)
+    Image.fromarray(value).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.abs(pixels(tmp_path / "a.png") - srgb(np.array(128 / 255))).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_by_its_profile(tmp_path: Path, suffix: str) -> None:
+    """The profile says that full cyan is a red, which no conversion without it would give."""
+    profile = hostile.cmyk_profile({(0, 0, 0, 0): (100, 0, 0), (1, 0, 0, 0): (50, 60, 40)})
+    for name, inks in {"paper": (0, 0, 0, 0), "ink": (255, 0, 0, 0)}.items():
+        image = Image.new("CMYK", (16, 16), inks)
+        image.save(tmp_path / f"{name}{suffix}", icc_profile=profile)
+    assert pixels(tmp_path / f"paper{suffix}").min() >= 253
+    # Lab (50, 60, 40) in sRGB by the published formulas
+    lab = np.array([(50 + 16) / 116 + 60 / 500, (50 + 16) / 116, (50 + 16) / 116 - 40 / 200])
+    xyz = np.where(lab > 6 / 29, lab**3, 3 * (6 / 29) ** 2 * (lab - 4 / 29))
+    expected = srgb(np.linalg.inv(SRGB_D50) @ (xyz * [0.9642, 1.0, 0.8249]))
+    assert np.abs(pixels(tmp_path / f"ink{suffix}").astype(int) - expected).max() <= 4
+    assert pictures.probe(tmp_path / f"ink{suffix}").notes == ()
+
+
+@pytest.mark.parametrize("profile", [None, b"rubbish", hostile.rgb_profile(**P3)])
+def test_cmyk_without_a_usable_profile_is_noted(tmp_path: Path, profile: bytes | None) -> None:
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.tif", icc_profile=profile)
+    assert np.abs(pixels(tmp_path / "a.tif") - np.array([0, 255, 255])).max() <= 1
+    note = "CMYK without a usable colour profile: its colours are a guess"
+    assert pictures.probe(tmp_path / "a.tif").notes == (note,)
+
+
+def test_damaged_rgb_profile_counts_as_none(tmp_path: Path) -> None:
+    image = Image.fromarray(hostile.quadrants())
+    image.save(tmp_path / "a.png", icc_profile=hostile.rgb_profile(**P3)[:200])
+    assert (pixels(tmp_path / "a.png") == hostile.quadrants()).all()
+
+
+def test_a_jpeg_with_an_appended_preview_is_one_picture(tmp_path: Path) -> None:
+    big, small = (Image.new("RGB", size, "red") for size in ((96, 64), (48, 32)))
+    big.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[small])
+    found = pictures.probe(tmp_path / "a.jpg")
+    assert (found.format, found.width, found.height) == ("MPO", 96, 64)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif(tmp_path: Path) -> None:
+    path = hostile.oriented(tmp_path / "a.avif", hostile.quadrants(), 6)
+    assert (pictures.probe(path).width, pictures.probe(path).height) == (96, 64)
+    assert np.abs(pixels(path).astype(int) - hostile.quadrants()).mean() < 10
+
+
+def test_names_in_any_language(tmp_path: Path) -> None:
+    for name in ("小火人 🔥.png", "Ünïcode'\"; $(x).png", "a" * 200 + ".png"):
+        found = pictures.probe(hostile.picture(tmp_path / name))
+        assert (found.width, found.height, found.path.name) == (96, 64, name)
+
+
+def gif(frames: int) -> bytes:
+    images = [Image.new("P", (9, 9), i) for i in range(frames)]
+    for i, image in enumerate(images):
+        image.putpalette([i * 40, 0, 0] * 256)
+    return hostile.encoded(images[0], "GIF", save_all=True, append_images=images[1:])
+
+
+def noise(kind: str, **options: object) -> bytes:
+    values = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return hostile.encoded(Image.fromarray(values), kind, **options)
+
+
+def two_frames(kind: str) -> bytes:
+    return hostile.encoded(
+        Image.new("RGB", (9, 9), "red"),
+        kind,
+        save_all=True,
+        append_images=[Image.new("RGB", (9, 9), "blue")],
+    )
+
+
+def ftyp(brand: bytes) -> bytes:
+    return b"\0\0\0\x18ftyp" + brand + bytes(4) + b"abcdefgh" + bytes(99)
+
+
+def float_tiff() -> bytes:
+    return hostile.encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+
+
+def int_tiff() -> bytes:
+    return hostile.encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF")
+
+
+FRAMES = " frames or pages; export the one you want as a PNG"
+BITS = " (float, 32-bit or Lab) aren't read; save it as 8 or 16 bits a channel, RGB or grey"
+EXACT: list[tuple[str, Callable[[], bytes], str]] = [
+    ("a.png", lambda: b"", "empty file (0 bytes); get it again or remove it"),
+    (
+        "a.jpg",
+        lambda: b"\n<!DOCTYPE html><html>404",
+        f"this is a web page, not a picture; the download failed, get the file again {READS}",
+    ),
+    (
+        "a.png",
+        lambda: b"<?xml version='1.0'?><svg/>",
+        f"this is SVG or other XML; export it as PNG {READS}",
+    ),
+    ("a.jpg", lambda: ftyp(b"heic"), f"this is HEIC; convert it to JPEG or PNG {READS}"),
+    (
+        "a.png",
+        lambda: ftyp(b"isom"),
+        f"this is a video; export the frames you want as PNG {READS}",
+    ),
+    (
+        "a.webp",
+        lambda: b"RIFF\0\0\0\0AVI LIST",
+        f"this is a video; export the frames you want as PNG {READS}",
+    ),
+    ("a.png", lambda: b"8BPS\0\1", f"this is a Photoshop file; export it as PNG {READS}"),
+    (
+        "a.dng",
+        lambda: hostile.encoded(Image.new("RGB", (9, 9)), "TIFF"),
+        f"this is a camera raw file; develop it to JPEG or PNG {READS}",
+    ),
+    (
+        "a.png",
+        lambda: b"version https://git-lfs.github.com/spec/v1\n",
+        f"this is a Git LFS pointer, not the picture itself; run `git lfs pull` {READS}",
+    ),
+    (
+        "a.jpg",
+        lambda: bytes(5000),
+        f"this is all zero bytes; the copy or download was cut off, get the file again {READS}",
+    ),
+    ("a.eps", lambda: b"%!PS-Adobe", f"this is PostScript; export it as PNG {READS}"),
+    ("a.png", lambda: b"just words", f"not a picture, or damaged {READS}"),
+    ("a.tga", lambda: noise("TGA"), f"not a picture, or damaged {READS}"),
+    (
+        "a.png",
+        lambda: hostile.png(width=20000, height=20000, depth=8, color=2),
+        "400 megapixels; the limit is 178, scale it down",
+    ),
+    (
+        "a.png",
+        lambda: hostile.png(width=13345, height=13345, depth=1, color=0),
+        "179 megapixels; the limit is 178, scale it down",
+    ),
+    ("a.gif", lambda: gif(3), "3" + FRAMES),
+    ("a.webp", lambda: two_frames("WEBP"), "2" + FRAMES),
+    ("a.png", lambda: two_frames("PNG"), "2" + FRAMES),
+    ("a.tif", lambda: two_frames("TIFF"), "2" + FRAMES),
+    ("a.tif", float_tiff, "pixels of type F" + BITS),
+    ("a.tif", int_tiff, "pixels of type I" + BITS),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "reason"), EXACT)
+@pytest.mark.parametrize("read", [pictures.probe, pictures.load_rgb])
+def test_refused(
+    tmp_path: Path,
+    name: str,
+    make: Callable[[], bytes],
+    reason: str,
+    read: Callable[[Path], object],
+) -> None:
+    path = written(tmp_path / name, make())
+    with pytest.raises(PictureError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: {reason}"
+    assert (caught.value.path, caught.value.reason) == (path, reason)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_cut_off(tmp_path: Path, kind: str, part: float) -> None:
+    data = noise(kind)
+    path = written(tmp_path / "a.png", data[: int(len(data) * part)])
+    pattern = (
+        r"(damaged or cut off \(.+\); get it again or save it anew|not a picture, or damaged .*)"
+    )
+    for read in (pictures.probe, pictures.load_rgb):
+        with pytest.raises(PictureError) as caught:
+            read(path)
+        assert re.fullmatch(pattern, caught.value.reason), caught.value.reason
+
+
+def test_a_proven_picture_is_not_decoded_again(tmp_path: Path) -> None:
+    whole = noise("JPEG")
+    path = written(tmp_path / "a.jpg", whole[: len(whole) // 2])
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert pictures.probe(path, proven={sha256}).sha256 == sha256
+    with pytest.raises(PictureError):
+        pictures.probe(path, proven={"0" * 64})
+
+
+def test_flipped_bits_never_escape_as_another_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path = tmp_path / "a.png"
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000"):
+        data = noise(kind)
+        for _ in range(25):
+            broken = bytearray(data)
+            # the header is where a parser can be led astray
+            for place in random.integers(0, min(len(data), 400), 6):
+                broken[place] = random.integers(0, 256)
+            path.write_bytes(broken)
+            try:
+                found = pictures.probe(path)
+                assert pictures.load_rgb(path).size == (found.width, found.height)
+            except PictureError:
+                pass
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    reasons = {
+        "folder.png": "not a regular file",
+        "pipe.png": "not a regular file",
+        "link.png": "broken link",
+        "loop.png": "broken link",
+        "none.png": "can't be opened (No such file or directory)",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(PictureError) as caught:
+            pictures.probe(tmp_path / name)
+        assert caught.value.reason == reason
+
+
+def test_a_huge_file_is_not_even_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.png", noise("PNG"))
+    os.truncate(path, 3 << 30)  # sparse: takes no space
+    with pytest.raises(PictureError) as caught:
+        pictures.probe(path)
+    assert caught.value.reason == "3.0 GB is too large a file; the limit is 1 GB"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (17, 900), (1000, 999)])
+@pytest.mark.parametrize("geometry", [Geometry(64, 64), Geometry(96, 48), Geometry(48, 80)])
+def test_fit_gives_the_exact_size(size: tuple[int, int], geometry: Geometry) -> None:
+    result = pictures.fit(Image.new("RGB", size, "red"), geometry)
+    assert result.size == (geometry.width, geometry.height)
+    assert (np.asarray(result) == (255, 0, 0)).all()
+
+
+def test_fit_keeps_the_centre() -> None:
+    """A white middle third between black ends: covering and cropping leaves the middle alone."""
+    wide = Image.new("L", (300, 100))
+    wide.paste(255, (100, 0, 200, 100))
+    square = np.asarray(pictures.fit(wide.convert("RGB"), Geometry(64, 64)))
+    assert square[:, 2:-2].min() > 245
+    tall = wide.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    assert np.asarray(pictures.fit(tall, Geometry(64, 64)))[2:-2].min() > 245
+
+
+def test_fit_of_the_right_size_changes_nothing() -> None:
+    image = Image.fromarray(hostile.quadrants())
+    assert pictures.fit(image, Geometry(96, 64)).tobytes() == image.tobytes()

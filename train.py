@@ -1,0 +1,38 @@
+"""accelerate launch train.py --config configs/x.yaml [lora.rank=32 ...] [--resume]
+
+Prepares what is missing, trains, draws previews, exports. Everything else is in the package
+`train`, which Python finds before this file because it is a package.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from scripts.kindling import run_main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train an adapter as a config says."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="such as configs/demo.yaml")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest good checkpoint"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as lora.rank=32"
+    )
+    arguments = parser.parse_args(argv)
+
+    from train import config_load
+
+    config = config_load.load(arguments.config, arguments.overrides)
+    from train import run
+
+    run.run(config, resume=arguments.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

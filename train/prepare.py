@@ -1,0 +1,110 @@
+"""From a folder of pictures to examples in the cache: read, place, encode.
+
+Owns which cache entries a run needs. After it, nothing looks at a picture again.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from data_tools import buckets, records
+from data_tools.buckets import Geometry
+from data_tools.records import Collection, Record
+from train import encode
+from train.base import Base
+from train.cache import Cache, FileDigests
+from train.config import PIXEL_MULTIPLE, Config
+from train.data import Example
+from train.encode import Keys, Picture
+
+REFERENCE_AREA = 1024 * 1024
+"""Pixels of a reference picture at most, as in Flux2Pipeline."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs of the data."""
+
+    collection: Collection
+    plan: buckets.Plan
+    examples: list[Example]
+    cache: Cache
+    keys: Keys
+    encoded: int
+    """Entries that this start had to make; 0 means no encoder was loaded."""
+    truncated: dict[str, tuple[int, int]]
+    """Captions and prompts that were cut: text -> (its tokens, the limit)."""
+
+
+def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared:
+    """Read the data set and encode what the cache lacks, each process its share.
+
+    Raises DataError for pictures and captions that can't be used.
+    """
+    main = accelerator.is_main_process
+    collection = records.read(config.data, progress=main)
+    plan = buckets.plan(collection.records, data=config.data)
+    cache = Cache(Path(config.cache))
+    with accelerator.main_process_first():
+        keys = Keys.of(base, digests=FileDigests(cache.root / "digests.json"))
+    shown = [
+        _pictures(record, placement.geometry)
+        for record, placement in zip(collection.records, plan.placements, strict=True)
+    ]
+    wanted = [picture for pictures in shown for picture in pictures]
+    if config.data.flip:
+        wanted += [_mirrored(picture) for picture in wanted]
+    captions = list(dict.fromkeys(record.caption for record in collection.records))
+    prompts = list(dict.fromkeys([*captions, "", *config.preview.prompts]))
+    share = (accelerator.process_index, accelerator.num_processes)
+    device = accelerator.device
+    encoded = encode.encode_pictures(
+        base, wanted, keys=keys, cache=cache, device=device, share=share
+    ) + encode.encode_prompts(base, prompts, keys=keys, cache=cache, device=device, share=share)
+    accelerator.wait_for_everyone()
+    return Prepared(
+        collection,
+        plan,
+        examples=[
+            _example(record, pictures, keys=keys, flip=config.data.flip)
+            for record, pictures in zip(collection.records, shown, strict=True)
+        ],
+        cache=cache,
+        keys=keys,
+        encoded=encoded,
+        truncated=encode.truncated(prompts, keys=keys, cache=cache),
+    )
+
+
+def reference_geometry(width: int, height: int) -> Geometry:
+    """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
+    scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
+    sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
+    return Geometry(*sides)
+
+
+def _pictures(record: Record, geometry: Geometry) -> list[Picture]:
+    """Target and references, as they are to be encoded."""
+    references = zip(
+        record.references, record.reference_sha256, record.reference_sizes, strict=True
+    )
+    return [
+        Picture(record.target, record.sha256, geometry),
+        *(Picture(path, sha256, reference_geometry(*size)) for path, sha256, size in references),
+    ]
+
+
+def _mirrored(picture: Picture) -> Picture:
+    return Picture(picture.path, picture.sha256, picture.geometry, flip=True)
+
+
+def _example(record: Record, pictures: list[Picture], *, keys: Keys, flip: bool) -> Example:
+    return Example(
+        name=record.name,
+        pictures=tuple(keys.picture(picture) for picture in pictures),
+        mirrored=tuple(keys.picture(_mirrored(p)) for p in pictures) if flip else None,
+        text=keys.prompt(record.caption),
+        geometry=tuple((p.geometry.width, p.geometry.height) for p in pictures),
+    )

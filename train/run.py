@@ -1,0 +1,240 @@
+"""A whole training run: prepare, train, export. The one place that puts the parts together."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from train import checkpoint, config_load, export_run, loop, lora, randomness
+from train.base import Base, resolve
+from train.checkpoint import Checkpoint
+from train.config import Config
+from train.data import Loader, Order
+from train.errors import ConfigError, bullet_list
+from train.prepare import Prepared, prepare
+from train.sample import Request
+from train.track import Tracker
+from train.trainer import Previews, Trainer
+
+FREE_TO_CHANGE = (
+    "name",
+    "output",
+    "cache",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "preview",
+    "track",
+    "export",
+)
+"""Settings that a resumed run may have otherwise; any other would make it another run."""
+
+PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+def run(config: Config, *, resume: bool) -> None:
+    """Do what a config says. Raises UserError where the user must change something."""
+    accelerator = Accelerator()
+    folder = Path(config.output) / config.name
+    saved = _find_saved(folder, config, resume=resume, accelerator=accelerator)
+    base = resolve(config.base)
+    say = accelerator.print
+    prepared = prepare(config, base, accelerator=accelerator)
+    say(describe(config, base, prepared, world=accelerator.num_processes))
+    if saved and saved.progress.data != prepared.collection.digest:
+        raise ConfigError(
+            f"{folder}: its pictures or captions changed since step {saved.progress.step}. "
+            "Put them back, or start a run of another name."
+        )
+    if accelerator.is_main_process:
+        _write_facts(folder, config)
+    accelerator.wait_for_everyone()
+    trainer, transformer = _build(config, base, prepared, accelerator=accelerator, saved=saved)
+    loop.fit(
+        trainer,
+        start=saved.progress.step if saved else 0,
+        steps=config.train.steps,
+        checkpoint_every=config.train.checkpoint_every,
+        preview_every=config.preview.every,
+    )
+    trainer.finish()
+    if accelerator.is_main_process:
+        transformer.unload_lora()
+        final = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+        path = folder / f"{config.name}.safetensors"
+        certificate = export_run.publish(config, base, transformer, final, path=path)
+        say(export_run.summary(certificate, path))
+    accelerator.end_training()
+
+
+def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> str:
+    """What is about to be trained, for the console."""
+    collection, train = prepared.collection, config.train
+    effective = train.batch_size * train.accumulate * world
+    order = _order(config, prepared)
+    epochs = train.steps * train.accumulate * world / order.epoch_length
+    buckets = ", ".join(f"{b.geometry} × {b.pictures}" for b in prepared.plan.buckets)
+    lines = [
+        f"base: {base.name} ({base.family.name}, {config.base.dtype})",
+        f"data: {len(prepared.examples)} pictures in {config.data.path}; buckets {buckets}",
+        f"steps: {train.steps} of {effective} pictures ({train.batch_size} a batch, "
+        f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''}), "
+        f"{epochs:.1f} passes over the data",
+        f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
+    ]
+    skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
+    if skipped:
+        lines.append(bullet_list(f"skipped {len(skipped)} pictures:", skipped))
+    if collection.notes:
+        notes = [f"{note.path}: {note.text}" for note in collection.notes]
+        lines.append(bullet_list("notes:", notes))
+    sources = {record.caption: record.caption_source for record in collection.records}
+    cut = [
+        f"{sources.get(text, 'preview prompt')}: {tokens} tokens, the limit is {limit}"
+        for text, (tokens, limit) in prepared.truncated.items()
+    ]
+    if cut:
+        lines.append(bullet_list("too long; the end of these is lost, closing tag included:", cut))
+    return "\n".join(lines)
+
+
+def _find_saved(
+    folder: Path, config: Config, *, resume: bool, accelerator: Accelerator
+) -> Checkpoint | None:
+    """The checkpoint to continue from. Raises ConfigError rather than train over another run."""
+    checkpoints = folder / "checkpoints"
+    existing = checkpoint.list_checkpoints(checkpoints)
+    if existing and not resume:
+        raise ConfigError(
+            f"{folder}: this run already has checkpoints (up to {existing[-1].name}). "
+            "Continue it with --resume, or give the config another name."
+        )
+    newest, faults = checkpoint.newest_good(checkpoints)
+    for fault in faults:
+        accelerator.print(f"passed over: {fault}")
+    if newest is None:
+        if resume:
+            accelerator.print(f"{folder}: nothing to resume; starting from the beginning")
+        return None
+    saved = checkpoint.load(newest)
+    changed = changed_settings(saved.progress.config, config.model_dump(mode="json"))
+    if changed:
+        title = f"{folder}: the config differs from the run's. Put back, or use another name:"
+        raise ConfigError(bullet_list(title, changed))
+    if saved.progress.world != accelerator.num_processes:
+        raise ConfigError(
+            f"{folder}: it was trained with {saved.progress.world} processes, not "
+            f"{accelerator.num_processes}. Launch it with as many, or start a run of another name."
+        )
+    accelerator.print(f"resuming after step {saved.progress.step} ({newest})")
+    return saved
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for each setting that differs and isn't free to change."""
+    old, new = _flat(before), _flat(after)
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _order(config: Config, prepared: Prepared) -> Order:
+    return Order(
+        prepared.examples,
+        repeats=config.data.repeats,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+    )
+
+
+def _build(
+    config: Config,
+    base: Base,
+    prepared: Prepared,
+    *,
+    accelerator: Accelerator,
+    saved: Checkpoint | None,
+) -> tuple[Trainer, Any]:
+    """The trainer, restored if there is something to restore, and its transformer."""
+    folder = Path(config.output) / config.name
+    transformer = base.load_transformer(accelerator.device)
+    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
+    if config.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    settings = config.model_dump(mode="json")
+    tracker = Tracker(
+        folder,
+        name=config.name,
+        track=config.track,
+        settings=settings,
+        start=saved.progress.step if saved else 0,
+        steps=config.train.steps,
+        every=config.train.log_every,
+        main=accelerator.is_main_process,
+    )
+    cache, keys = prepared.cache, prepared.keys
+    trainer = Trainer(
+        config,
+        accelerator=accelerator,
+        base=base,
+        transformer=transformer,
+        order=_order(config, prepared),
+        loader=Loader(
+            prepared.examples,
+            empty_text=keys.prompt(""),
+            cache=cache,
+            flow=config.flow,
+            caption_dropout=config.data.caption_dropout,
+            seed=config.seed,
+        ),
+        previews=_previews(config, prepared, folder=folder / "previews"),
+        tracker=tracker,
+        folder=folder,
+        data_digest=prepared.collection.digest,
+    )
+    if saved:
+        trainer.restore(saved)
+    return trainer, transformer
+
+
+def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
+    cache, keys, preview = prepared.cache, prepared.keys, config.preview
+    requests = [
+        Request(
+            cache.get(keys.prompt(prompt))["text"],
+            seed=preview.seed + number,
+            width=preview.width or config.data.resolution,
+            height=preview.height or config.data.resolution,
+        )
+        for number, prompt in enumerate(preview.prompts)
+    ]
+    return Previews(requests, cache.get(keys.prompt(""))["text"], folder)
+
+
+def _write_facts(folder: Path, config: Config) -> None:
+    """The resolved config and what it ran on, beside the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / export_run.CONFIG).write_text(config_load.dump(config), encoding="utf-8")
+    facts = {package: version(package) for package in PACKAGES}
+    facts |= {"python": platform.python_version(), "machine": platform.platform()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    (folder / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
