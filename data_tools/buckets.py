@@ -104,7 +104,7 @@ class Plan:
 
 
 def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
-    """A placement for each of `pictures`; none is left out. Raises DataError if one is too small."""
+    """A placement for each of `pictures`, none left out. Raises DataError if one is too small."""
     return Plan(
         tuple(
             place(
@@ -137,7 +137,7 @@ def place(
     The shape is the nearest of `geometries(resolution)` by log aspect, which for cover-resize and
     centre crop is the one that cuts off least: 1 - exp(-|log aspect difference|) of the area. From
     512 up, a picture within `max_aspect` 3 loses at most 9 % that way, a common shape (1:1, 5:4,
-    4:3, 3:2, 16:9, 2:1, 21:9) at most 2 %.
+    4:3, 3:2, 16:9, 2:1, 21:9) at most 2.5 %.
 
     A picture that would have to be enlarged by more than `max_upscale` gets the same kind of shape
     at a smaller resolution, in steps of an eighth, down to `SMALLEST`.
@@ -173,7 +173,7 @@ def levels(resolution: int) -> tuple[int, ...]:
 
 @cache
 def geometries(resolution: int, *, max_aspect: float) -> tuple[Geometry, ...]:
-    """All sizes at a resolution, sorted: area never above resolution^2, aspect within max_aspect."""
+    """All sizes at a resolution, sorted; never above its area, nor beyond `max_aspect`."""
     budget = (resolution // PIXEL_MULTIPLE) ** 2
     ladder = [shape for shape in (*SHAPES, *LONG_SHAPES) if shape < max_aspect] + [max_aspect]
     sides = {_sides(shape, budget, max_aspect) for shape in ladder}

@@ -16,32 +16,32 @@ MAX_BYTES = 100_000
 """A longer .txt file isn't a caption; FLUX.2 reads 512 tokens, some 2,000 characters."""
 
 
-class CaptionError(ValueError):
-    """What is wrong with a caption; the caller knows where."""
+class TextError(ValueError):
+    """What is wrong with a text; the caller knows where it stands."""
 
 
 def read(path: Path) -> str:
-    """The caption in a UTF-8 text file, cleaned; may be empty. Raises CaptionError."""
+    """The caption in a UTF-8 text file, cleaned; may be empty. Raises TextError."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise CaptionError(f"over {MAX_BYTES // 1000} kB; this can't be a caption")
+            raise TextError(f"over {MAX_BYTES // 1000} kB; this can't be a caption")
         data = path.read_bytes()
     except OSError as error:
-        raise CaptionError(f"can't be opened ({error.strerror or error})") from None
+        raise TextError(f"can't be opened ({error.strerror or error})") from None
     return clean(decode(data))
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 text, with or without a byte order mark. Raises CaptionError with the byte offset."""
+    """UTF-8 text, with or without a byte order mark. Raises TextError with the byte offset."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        raise CaptionError("not UTF-8 but probably UTF-16; save it as UTF-8")
+        raise TextError("not UTF-8 but probably UTF-16; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # the codec counts from behind the mark
         offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         byte = data[offset]
-        raise CaptionError(
+        raise TextError(
             f"not UTF-8: byte 0x{byte:02x} at offset {offset}; save it as UTF-8"
         ) from None
 
@@ -54,18 +54,18 @@ def clean(text: str) -> str:
 def complete(caption: str, *, data: DataConfig) -> str:
     """The caption that is trained, by `missing_captions` and `trigger_mode`.
 
-    Raises CaptionError if it is missing or lacks the trigger.
+    Raises TextError if it is missing or lacks the trigger.
     """
     trigger = (data.trigger or "").strip()
     if not caption:
         if data.missing_captions == "trigger":
             return trigger
-        raise CaptionError("no caption")
+        raise TextError("no caption")
     if not trigger or has_trigger(caption, trigger=trigger):
         return caption
     if data.trigger_mode == "prepend":
         return f"{trigger}, {caption}"
-    raise CaptionError(f"the caption lacks the trigger {trigger!r}{_near(caption, trigger)}")
+    raise TextError(f"the caption lacks the trigger {trigger!r}{_near(caption, trigger)}")
 
 
 def has_trigger(caption: str, *, trigger: str) -> bool:

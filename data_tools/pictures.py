@@ -6,9 +6,9 @@ can be unfit. Doesn't know folders, captions or how a geometry is chosen.
 Decisions:
 - A picture's size is its size after EXIF orientation.
 - Transparency is put on white.
-- Colours go to sRGB by the embedded ICC profile (RGB, grey or CMYK). Without a profile, RGB and grey
-  are taken as sRGB and CMYK is converted plainly, which is a guess and noted as one. Profiles that
-  are damaged count as absent. Gamma and cICP chunks of PNG are not read.
+- Colours go to sRGB by the embedded ICC profile (RGB, grey or CMYK). Without one, RGB and grey are
+  taken as sRGB, and CMYK is converted plainly, which is a guess and noted as one. A damaged profile
+  counts as none. Gamma and cICP chunks of PNG are not read.
 - 16-bit grey is scaled, not clipped. Float and 32-bit integer pixels have no agreed white: refused.
 - Animations and files of several pages are refused. The preview that cameras append to a JPEG (MPO)
   doesn't count as a page.
@@ -18,6 +18,7 @@ Decisions:
 
 import hashlib
 import io
+import math
 import stat
 import warnings
 from collections.abc import Container
@@ -49,7 +50,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MODES = "1 L LA P PA RGB RGBA RGBX CMYK YCbCr I;16 I;16L I;16B I;16N".split()
+_GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_GREY_16)
 _MODE_OF_SPACE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _LATE_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
@@ -180,8 +182,8 @@ def _damaged(path: Path, error: Exception) -> PictureError:
 
 
 def _too_large(path: Path, pixels: int) -> PictureError:
-    limit = f"the limit is {MAX_PIXELS // 10**6}"
-    return PictureError(path, f"{pixels // 10**6} megapixels; {limit}, scale it down")
+    size = f"{math.ceil(pixels / 10**6)} megapixels"
+    return PictureError(path, f"{size}; the limit is {MAX_PIXELS // 10**6}, scale it down")
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -197,8 +199,8 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return value if value in _TURNS else 1
 
 
-def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The embedded ICC profile, if it is sound and of the picture's own kind of colour."""
+def _profile(image: Image.Image) -> tuple[ImageCms.ImageCmsProfile, str] | None:
+    """The embedded ICC profile and the mode it describes, if it is sound and suits the picture."""
     icc = image.info.get("icc_profile")
     if not icc:
         return None
@@ -206,8 +208,11 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     except (OSError, ImageCms.PyCMSError):
         return None
+    assert isinstance(profile.profile, ImageCms.core.CmsProfile)
     mode = _MODE_OF_SPACE.get(profile.profile.xcolor_space.strip())
-    return None if mode is None or (mode == "CMYK") != (image.mode == "CMYK") else profile
+    if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+        return None
+    return profile, mode
 
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
@@ -248,10 +253,10 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = _profile(image)
-    if profile is None:
-        return _opaque(image, "RGB")
-    mode = _MODE_OF_SPACE[profile.profile.xcolor_space.strip()]
+    found = _profile(image)
+    if found is None:
+        return image.convert("RGB")
+    profile, mode = found
     try:
         transform = ImageCms.buildTransform(
             profile,
@@ -262,14 +267,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except ImageCms.PyCMSError:
-        return _opaque(image, "RGB")
-    result = ImageCms.applyTransform(_opaque(image, mode), transform)
+        return image.convert("RGB")
+    result = ImageCms.applyTransform(image.convert(mode), transform)
     assert result is not None
     return result
-
-
-def _opaque(image: Image.Image, mode: str) -> Image.Image:
-    """Colours alone. Palettes go by way of RGBA: straight to RGB, Pillow may blend their alpha."""
-    if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, overload
 from tqdm import tqdm
 
 from data_tools import buckets, captions, folder, formats, pictures, sources
-from data_tools.captions import CaptionError
+from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
 from train.config import DataConfig
@@ -153,7 +153,7 @@ def survey(
         if (record := _record(draft, root=root, probes=probes, data=data, faults=faults))
     ]
     return Collection(
-        Records(_table(records), root=root),
+        Records(_table(records, root=root), root=root),
         tuple(sorted(faults, key=lambda fault: folder.natural(fault.path))),
         tuple(sorted(notes, key=lambda note: folder.natural(note.path))),
         _digest(records),
@@ -192,19 +192,46 @@ def _record(
     data: DataConfig,
     faults: list[Fault],
 ) -> Record | None:
-    """A draft whose pictures can be used, else None; what is wrong goes to `faults`."""
+    """A draft whose pictures can be used, else None; what is wrong with it goes to `faults`."""
+    target = _fit_for_training(draft, probes=probes, data=data, faults=faults)
     caption = draft.caption
     try:
         caption = captions.complete(caption, data=data)
-    except CaptionError as error:
-        faults.append(Fault(draft.source if draft.caption else draft.name, str(error)))
-    target = probes[draft.name]
-    references = [probes[name] for name in draft.references]
-    sound = [probe for probe in references if isinstance(probe, Probe)]
-    if len(sound) < len(references):
-        bad = [n for n in draft.references if isinstance(probes[n], PictureError)]
-        faults.append(Fault(draft.name, f"its reference {bad[0]} can't be used", skippable=True))
+    except TextError as error:
+        where, hint = (
+            (draft.source, "") if caption else (draft.name, f"; write it in {draft.source}")
+        )
+        faults.append(Fault(where, f"{error}{hint}", skippable=target is None))
+    if target is None:
         return None
+    references = [probe for n in draft.references if isinstance(probe := probes[n], Probe)]
+    return Record(
+        target=target.path,
+        references=tuple(probe.path for probe in references),
+        caption=caption,
+        name=draft.name,
+        caption_source=draft.source,
+        width=target.width,
+        height=target.height,
+        sha256=target.sha256,
+        reference_sha256=tuple(probe.sha256 for probe in references),
+        reference_sizes=tuple((probe.width, probe.height) for probe in references),
+    )
+
+
+def _fit_for_training(
+    draft: Draft,
+    *,
+    probes: dict[str, Probe | PictureError],
+    data: DataConfig,
+    faults: list[Fault],
+) -> Probe | None:
+    """The target, if it, its size and its references will do. Unreadable files are noted before."""
+    for name in draft.references:
+        if isinstance(probes[name], PictureError):
+            faults.append(Fault(draft.name, f"its reference {name} can't be used", skippable=True))
+            return None
+    target = probes[draft.name]
     if isinstance(target, PictureError):
         return None
     try:
@@ -212,21 +239,10 @@ def _record(
     except DataError as error:
         faults.append(Fault(draft.name, str(error), skippable=True))
         return None
-    return Record(
-        target=root / draft.name,
-        references=tuple(root / name for name in draft.references),
-        caption=caption,
-        name=draft.name,
-        caption_source=draft.source,
-        width=target.width,
-        height=target.height,
-        sha256=target.sha256,
-        reference_sha256=tuple(probe.sha256 for probe in sound),
-        reference_sizes=tuple((probe.width, probe.height) for probe in sound),
-    )
+    return target
 
 
-def _table(records: Sequence[Record]) -> "datasets.Dataset":
+def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":
     from datasets import Dataset, Features, List, Value  # over a second: not before it is needed
 
     text, size = Value("string"), Value("int32")
@@ -245,8 +261,7 @@ def _table(records: Sequence[Record]) -> "datasets.Dataset":
     )
     columns = {name: [getattr(record, name) for record in records] for name in features}
     columns["references"] = [
-        [str(path.relative_to(records[0].target.parents[0])) for path in record.references]
-        for record in records
+        [path.relative_to(root).as_posix() for path in record.references] for record in records
     ]
     return Dataset.from_dict(columns, features=features)
 

@@ -4,7 +4,7 @@ Owns both conventions and what can be wrong with their text. Opens no picture.
 
 Sidecars: `a.txt` beside `a.png` (any picture ending) is its caption. They carry no references.
 
-metadata.jsonl: in the folder itself, one JSON object a line, as `datasets` has it for image folders:
+metadata.jsonl: in the folder itself, one JSON object a line, as `datasets` has it for pictures:
 `file_name` (relative to the folder), `text` or `caption`, and for edit pairs `references`, a list
 of file names. If the file is there, it alone says what is trained; .txt files are not read.
 """
@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_tools import captions, folder
-from data_tools.captions import CaptionError
+from data_tools.captions import TextError
 
 KEYS = ("file_name", "text", "caption", "references")
 
@@ -87,7 +87,7 @@ def _from_sidecars(root: Path, found: folder.Listing) -> Drafts:
         source = texts[0] if texts else f"{PurePosixPath(name).with_suffix('.txt')}"
         try:
             caption = captions.read(root / source) if texts else ""
-        except CaptionError as error:
+        except TextError as error:
             result.faults.append(Fault(source, str(error)))
             continue
         result.drafts.append(Draft(name, caption, source))
@@ -117,8 +117,8 @@ def _from_metadata(root: Path, found: folder.Listing) -> Drafts:
             ignored.update(dict.fromkeys(row.keys() - set(KEYS)))
             draft = _draft(row, where, root, forms)
             if draft.name in seen:
-                raise CaptionError(f"{draft.name!r} was on line {seen[draft.name]} already")
-        except CaptionError as error:
+                raise TextError(f"{draft.name!r} was on line {seen[draft.name]} already")
+        except TextError as error:
             result.faults.append(Fault(where, str(error)))
             continue
         seen[draft.name] = number
@@ -161,51 +161,50 @@ def _row(line: bytes) -> dict[str, object] | None:
     try:
         row = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise CaptionError(f"broken JSON: {error.msg}, column {error.colno}") from None
+        raise TextError(f"broken JSON: {error.msg}, column {error.colno}") from None
     except RecursionError:
-        raise CaptionError("broken JSON: nested too deep") from None
+        raise TextError("broken JSON: nested too deep") from None
     if not isinstance(row, dict):
-        raise CaptionError('a line must be an object like {"file_name": "a.png", "text": "..."}')
+        raise TextError('a line must be an object like {"file_name": "a.png", "text": "..."}')
     return row
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        raise CaptionError(f"key {twice[0]!r} stands twice")
+        raise TextError(f"key {twice[0]!r} stands twice")
     return dict(pairs)
 
 
 def _draft(row: dict[str, object], where: str, root: Path, forms: dict[str, str]) -> Draft:
     if "file_name" not in row:
-        near = folder.nearest("file_name", list(row))
-        raise CaptionError(f"file_name is missing{near}")
+        raise TextError(f"file_name is missing; the line has {', '.join(row) or 'nothing'}")
     if "text" in row and "caption" in row:
-        raise CaptionError("has both text and caption; keep one")
+        raise TextError("has both text and caption; keep one")
     caption = row.get("text", row.get("caption"))
     if caption is not None and not isinstance(caption, str):
-        raise CaptionError(f"the caption must be text, not {json.dumps(caption)[:40]}")
+        raise TextError(f"the caption must be text, not {json.dumps(caption)[:40]}")
     if caption and not folder.is_text(caption):
-        raise CaptionError("the caption holds half a character (a lone \\ud800 to \\udfff)")
+        raise TextError("the caption holds half a character (a lone \\ud800 to \\udfff)")
     references = row.get("references") or []
     if not isinstance(references, list):
-        raise CaptionError('references must be a list like ["a.png", "b.png"]')
+        raise TextError('references must be a list like ["a.png", "b.png"]')
     names = [_file(name, root, forms) for name in (row["file_name"], *references)]
     return Draft(names[0], captions.clean(caption or ""), where, tuple(names[1:]))
 
 
 def _file(name: object, root: Path, forms: dict[str, str]) -> str:
-    """A listed file's name as it is on disk. Raises CaptionError if there is none to be used."""
+    """A listed file's name as it is on disk. Raises TextError if there is none to be used."""
     if not isinstance(name, str) or not name.strip() or not folder.is_text(name) or "\0" in name:
-        raise CaptionError(f"a file name must be text, not {json.dumps(name)[:40]}")
+        raise TextError(f"a file name must be text, not {json.dumps(name)[:40]}")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", name):
-        raise CaptionError(f"{name!r} leads out of the folder; give names relative to it")
+        raise TextError(f"{name!r} leads out of the folder; give names relative to it")
     actual = forms.get(_form(str(path)), str(path))
     if not (root / actual).is_file():
         slashes = "\\" in name and (root / name.replace("\\", "/")).is_file()
         hint = "; write / between folders" if slashes else folder.nearest(name, [*forms.values()])
-        raise CaptionError(f"no file {name!r}{hint}")
+        raise TextError(f"no file {name!r}{hint}")
     return actual
 
 

@@ -240,10 +240,19 @@ def _from_hub(repository: str, download: Callable[[], str]) -> str:
             f"{repository} isn't on the hub, or is private and this login can't see it. "
             f"Check its name on {page}, and `hf auth login`."
         )
+    except errors.HFValidationError:
+        raise ConfigError(
+            f"base.model: there is no folder {repository}, and no hub repository can have that name"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = (
             f"{repository} isn't on this machine and the hub can't be reached. Connect once, or "
             "unset HF_HUB_OFFLINE, or give base.model a local diffusers folder."
+        )
+    except errors.RemoteEntryNotFoundError:
+        problem = (
+            f"{repository} has no model_index.json. It must be a whole diffusers repository; "
+            f"what it holds is listed on {page}."
         )
     except errors.HfHubHTTPError as error:
         problem = f"the hub refused {repository}: {error}. `kindling doctor` checks the login."

@@ -40,8 +40,6 @@ from train.lora import Adapter
 
 LOADED = "certified"
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
-TINY = 1e-300
-"""Stands for zero in a denominator."""
 
 Factors = tuple[Tensor, Tensor]
 """An update as up @ down, fp64: (out, k) and (k, in)."""
@@ -241,13 +239,8 @@ def _verdict(
             f"(rounding explains {worst['bound']:.2g}); "
             f"the adapter as a whole is applied at strength {weights['strength']}"
         )
-    return {
-        "loads": bool(used),
-        "keys_used": len(used),
-        "keys_ignored": ignored,
-        **weights,
-        "reasons": reasons,
-    }
+    keys = {"loads": bool(used), "keys_used": len(used), "keys_ignored": ignored}
+    return keys | weights | {"reasons": reasons}
 
 
 def _compare(
@@ -270,8 +263,7 @@ def _compare(
         bound = (error_b * matrix_norm(down, 2) + (matrix_norm(up, 2) + error_b) * error_a).item()
         error = _product_norm(torch.cat([up_found, -up], 1), torch.cat([down_found, down]))
         if error > worst_ratio * bound:
-            worst_ratio = error / bound if bound else error / TINY
-            size = max(size, TINY)
+            worst_ratio, size = error / bound, size or 1.0
             worst = {"module": module, "error": error / size, "bound": bound / size}
     strength = round(product / norm, 3) if norm else None
     return {"strength": strength, "within_bound": worst_ratio <= 1.0, "worst": worst}
@@ -285,13 +277,9 @@ def _compare_output(
     effect = vector_norm(trained - base).item() / size
     error = vector_norm(loaded - trained).item() / size
     bound = 8 * file.unit * effect + 3 * noise / size + own.unit + 16 * FP32.unit
-    return {
-        "effect": effect,
-        "error": error,
-        "bound": bound,
-        "within_bound": error <= bound,
-        "conclusive": effect > 2 * bound,
-    }
+    numbers = {"effect": effect, "error": error, "bound": bound}
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return finite | {"within_bound": error <= bound, "conclusive": effect > 2 * bound}
 
 
 def _batch(transformer: Any) -> dict[str, Tensor]:

@@ -49,10 +49,14 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder`/step-N atomically, then delete all but the newest `keep`."""
+    """Write `folder`/step-N atomically, then delete all but the newest `keep` up to it.
+
+    Later ones, which can only be damaged or a past life's, don't count and are left to be replaced.
+    """
     final = folder / f"step-{checkpoint.progress.step:06d}"
     making = folder / f".making-{final.name}"
-    shutil.rmtree(making, ignore_errors=True)
+    for leftover in folder.glob(".making-*"):  # of a save that was killed
+        shutil.rmtree(leftover)
     making.mkdir(parents=True)
     adapter = checkpoint.adapter
     tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
@@ -63,13 +67,15 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     facts["files"] = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in making.iterdir()
     }
+    facts["digest"] = _digest(facts)
     (making / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in (*making.iterdir(), making):
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(making, final)
     _flush(folder)
-    for old in list_checkpoints(folder)[:-keep]:
+    saved = list_checkpoints(folder)
+    for old in saved[: saved.index(final) + 1][:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -120,11 +126,17 @@ def _verified(path: Path) -> dict[str, Any]:
             for name, digest in facts["files"].items()
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest
         ]
-    except (OSError, ValueError, KeyError) as error:
+        if facts.pop("digest") != _digest(facts):
+            damaged.append(MANIFEST)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from None
     if damaged:
         raise CheckpointError(f"{path}: {', '.join(damaged)} changed after it was saved")
     return facts
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -4,7 +4,7 @@ The order is a function of the seed and the position, so a run resumes anywhere 
 and every process knows what the others do. Reads the cache; decodes and encodes nothing.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,20 +50,20 @@ class Showing:
 class Order:
     """The endless sequence of batches. Every epoch shows each example `repeats` times.
 
-    Within an epoch examples are shuffled inside their geometry and cut into batches, the last of
-    which may be smaller; then the batches are shuffled. Nothing is dropped or padded.
+    An epoch's showings are shuffled, and each joins the open batch of its geometry; batches come in
+    the order of their first showing, those that don't fill included. Nothing is dropped or padded.
+    So with one geometry, two batches of one hold what one batch of two would.
     """
 
     def __init__(
         self, examples: Sequence[Example], *, repeats: int, batch_size: int, seed: int
     ) -> None:
-        groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-        for index, example in enumerate(examples):
-            groups[example.geometry] += [(index, repeat) for repeat in range(repeats)]
-        self._groups = list(groups.values())
+        self._examples = examples
+        self._repeats = repeats
         self._batch_size = batch_size
         self._seed = seed
-        self.epoch_length = sum(-(-len(group) // batch_size) for group in self._groups)
+        groups = Counter(example.geometry for example in examples)
+        self.epoch_length = sum(-(-count * repeats // batch_size) for count in groups.values())
         self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
 
     def __getitem__(self, position: int) -> list[Showing]:
@@ -72,13 +72,21 @@ class Order:
         return self._epoch(epoch)[index]
 
     def _shuffled_epoch(self, epoch: int) -> list[list[Showing]]:
-        batches = []
-        for number, group in enumerate(self._groups):
-            order = randomness.shuffled(group, self._seed, "order", epoch, number)
-            showings = [Showing(epoch, example, repeat) for example, repeat in order]
-            size = self._batch_size
-            batches += [showings[i : i + size] for i in range(0, len(showings), size)]
-        return randomness.shuffled(batches, self._seed, "batches", epoch)
+        showings = [
+            Showing(epoch, example, repeat)
+            for example in range(len(self._examples))
+            for repeat in range(self._repeats)
+        ]
+        batches: list[list[Showing]] = []
+        filling: dict[tuple, list[Showing]] = {}
+        for showing in randomness.shuffled(showings, self._seed, "order", epoch):
+            geometry = self._examples[showing.example].geometry
+            batch = filling.get(geometry)
+            if batch is None or len(batch) == self._batch_size:
+                batch = filling[geometry] = []
+                batches.append(batch)
+            batch.append(showing)
+        return batches
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class Portion:
     batch: Batch
     weight: float
     """What the mean loss of the batch counts for in the step: its share of the step's pictures."""
+    position: int
+    """In the order: the key to what is random in the model itself."""
 
 
 def portions(
@@ -159,9 +169,12 @@ def portions(
 
     def load_step(step: int) -> list[Portion]:
         first = step * accumulate * world
-        batches = [order[first + i] for i in range(accumulate * world)]
-        total = sum(map(len, batches))
-        return [Portion(load(batch), len(batch) / total) for batch in batches[rank::world]]
+        positions = range(first, first + accumulate * world)
+        total = sum(len(order[position]) for position in positions)
+        return [
+            Portion(load(order[position]), len(order[position]) / total, position)
+            for position in positions[rank::world]
+        ]
 
     return ahead(load_step, steps)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data_tools import pictures
 from data_tools.buckets import Geometry
 from train import latents
-from train.base import Base, max_text_tokens
+from train.base import MAX_TEXT_TOKENS, Base, max_text_tokens
 from train.cache import Cache, FileDigests, key
 
 
@@ -45,7 +45,8 @@ class Keys:
     def of(cls, base: Base, *, digests: FileDigests) -> "Keys":
         """Read the digests of the base's files; the first time for a base this reads them all."""
         text = [digests.folder(base.folder(part)) for part in ("text_encoder", "tokenizer")]
-        facts = (*base.family.text_layers, base.family.padding_side, str(base.dtype), *text)
+        family = base.family
+        facts = (*family.text_layers, family.padding_side, MAX_TEXT_TOKENS, str(base.dtype), *text)
         return cls(digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts))
 
     def picture(self, picture: Picture) -> str:
@@ -74,15 +75,15 @@ def encode_pictures(
     device: torch.device,
     share: tuple[int, int] = (0, 1),
 ) -> int:
-    """Encode the pictures that the cache lacks; returns how many those were in all shares.
+    """Encode the pictures of this share that the cache lacks; returns how many those were.
 
-    share: (rank, world): this process takes every world-th of them.
+    share: (rank, world): this process looks after every world-th of them.
     """
-    missing = _missing({keys.picture(picture): picture for picture in wanted}, cache)
+    missing = _missing({keys.picture(picture): picture for picture in wanted}, cache, share)
     if missing:
         # in bf16 its rounding would be baked into every latent
         vae = base.load_vae(device, torch.float32)
-        for name, picture in _progress(missing[share[0] :: share[1]], "encode pictures", share):
+        for name, picture in _progress(missing, "encode pictures", share):
             pixels = _pixels(pictures.fit(pictures.load_rgb(picture.path), picture.geometry))
             pixels = pixels.flip(-1) if picture.flip else pixels
             entry = encode_pixels(vae, pixels.to(device))[0].cpu()
@@ -102,16 +103,16 @@ def encode_prompts(
     device: torch.device,
     share: tuple[int, int] = (0, 1),
 ) -> int:
-    """Encode the prompts that the cache lacks; returns how many those were in all shares.
+    """Encode the prompts of this share that the cache lacks; returns how many those were.
 
     One at a time: in a batch the last bits would depend on the other prompts.
     """
-    missing = _missing({keys.prompt(prompt): prompt for prompt in wanted}, cache)
+    missing = _missing({keys.prompt(prompt): prompt for prompt in wanted}, cache, share)
     if missing:
         tokenizer = base.load_tokenizer()
         pipeline = base.pipeline(text_encoder=base.load_text_encoder(device), tokenizer=tokenizer)
         limit = max_text_tokens(tokenizer)
-        for name, prompt in _progress(missing[share[0] :: share[1]], "encode captions", share):
+        for name, prompt in _progress(missing, "encode captions", share):
             embeds, _ = pipeline.encode_prompt(  # pyright: ignore[reportAttributeAccessIssue]
                 prompt=prompt,
                 device=device,
@@ -167,8 +168,11 @@ def _count_tokens(base: Base, tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(text)["input_ids"])
 
 
-def _missing(entries: dict[str, object], cache: Cache) -> list[tuple]:
-    return [(name, wanted) for name, wanted in entries.items() if name not in cache]
+def _missing(entries: dict[str, Any], cache: Cache, share: tuple[int, int]) -> list[tuple]:
+    """Shares are cut before the cache is asked: by then the others may be filling it."""
+    rank, world = share
+    mine = list(entries.items())[rank::world]
+    return [(name, wanted) for name, wanted in mine if name not in cache]
 
 
 def _progress(jobs: list[tuple], title: str, share: tuple[int, int]):

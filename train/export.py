@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from train.errors import CheckpointError, ConfigError, MachineError
@@ -39,6 +38,8 @@ KINDS = {
 }
 """Width, double and single blocks -> names as SwarmUI and musubi-tuner have them: ModelSpec's
 architecture (they add "/lora") and ss_base_model_version."""
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 MAX_ROUNDING_LOSS = 0.01
 """Of a tensor's norm. bf16 loses at most 0.4 %; fp16 loses more only where weights are too small
@@ -137,7 +138,7 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype, metadata: dict[st
         PEFT_METADATA: _peft_settings(adapter),
     }
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=header)
+        _save(tensors, partial, header)
         if body_hash(partial) != digest:
             raise MachineError(f"{path}: the disk gave back other bytes than it was given.")
 
@@ -208,7 +209,8 @@ def replacing(path: Path) -> Iterator[Path]:
             "space; a file of that name, if there was one, is unharmed."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def body_hash(path: Path) -> str:
@@ -249,11 +251,33 @@ def _rounded(weight: Tensor, dtype: torch.dtype, module: str) -> Tensor:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """`body_hash` of the file to be: tensors of one type lie in order of their names."""
+    """`body_hash` of the file to be."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """The safetensors format, in order of names: its own writer shuffles the metadata, so that
+    the same adapter would give another file each time."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(tensors):
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = kind | {"data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _peft_settings(adapter: Adapter) -> str:

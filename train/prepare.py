@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from data_tools import buckets, records
 from data_tools.buckets import Geometry
@@ -18,9 +19,13 @@ from train.cache import Cache, FileDigests
 from train.config import PIXEL_MULTIPLE, Config
 from train.data import Example
 from train.encode import Keys, Picture
+from train.errors import DataError, bullet_list
 
 REFERENCE_AREA = 1024 * 1024
 """Pixels of a reference picture at most, as in Flux2Pipeline."""
+
+REFERENCE_SIDE = 64
+"""Pixels of its sides at least, as in Flux2Pipeline."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Prepared:
     cache: Cache
     keys: Keys
     encoded: int
-    """Entries that this start had to make; 0 means no encoder was loaded."""
+    """Entries that this start had to make, in all processes; 0 means no encoder was loaded."""
     truncated: dict[str, tuple[int, int]]
     """Captions and prompts that were cut: text -> (its tokens, the limit)."""
 
@@ -45,6 +50,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     """
     main = accelerator.is_main_process
     collection = records.read(config.data, progress=main)
+    _check_references(collection)
     plan = buckets.plan(collection.records, data=config.data)
     cache = Cache(Path(config.cache))
     with accelerator.main_process_first():
@@ -63,7 +69,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     encoded = encode.encode_pictures(
         base, wanted, keys=keys, cache=cache, device=device, share=share
     ) + encode.encode_prompts(base, prompts, keys=keys, cache=cache, device=device, share=share)
-    accelerator.wait_for_everyone()
+    encoded = sum(gather_object([encoded]))  # waits for everyone too
     return Prepared(
         collection,
         plan,
@@ -80,9 +86,22 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
 
 def reference_geometry(width: int, height: int) -> Geometry:
     """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
+    assert min(width, height) >= REFERENCE_SIDE
     scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
     sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
     return Geometry(*sides)
+
+
+def _check_references(collection: Collection) -> None:
+    small = [
+        f"{record.name}: its reference {path.name} is {width}x{height}"
+        for record in collection.records
+        for path, (width, height) in zip(record.references, record.reference_sizes, strict=True)
+        if min(width, height) < REFERENCE_SIDE
+    ]
+    if small:
+        title = f"references need {REFERENCE_SIDE} pixels a side; give larger ones:"
+        raise DataError(bullet_list(title, small))
 
 
 def _pictures(record: Record, geometry: Geometry) -> list[Picture]:

@@ -39,7 +39,7 @@ PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerat
 
 def run(config: Config, *, resume: bool) -> None:
     """Do what a config says. Raises UserError where the user must change something."""
-    accelerator = Accelerator()
+    accelerator = _accelerator()
     folder = Path(config.output) / config.name
     saved = _find_saved(folder, config, resume=resume, accelerator=accelerator)
     base = resolve(config.base)
@@ -65,11 +65,25 @@ def run(config: Config, *, resume: bool) -> None:
     trainer.finish()
     if accelerator.is_main_process:
         transformer.unload_lora()
-        final = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+        newest, _ = checkpoint.newest_good(folder / "checkpoints")
+        assert newest is not None
+        final = checkpoint.load(newest)
         path = folder / f"{config.name}.safetensors"
         certificate = export_run.publish(config, base, transformer, final, path=path)
         say(export_run.summary(certificate, path))
     accelerator.end_training()
+
+
+def _accelerator() -> Accelerator:
+    """Of accelerate's settings only the processes count; the config has the rest."""
+    accelerator = Accelerator(mixed_precision="no")  # base.dtype decides, not a launcher's default
+    if accelerator.gradient_accumulation_steps != 1:  # it would scale down every gradient
+        raise ConfigError(
+            "accelerate's gradient_accumulation_steps is "
+            f"{accelerator.gradient_accumulation_steps}: set train.accumulate instead, and launch "
+            "without --gradient_accumulation_steps"
+        )
+    return accelerator
 
 
 def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> str:

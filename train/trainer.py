@@ -93,10 +93,6 @@ class Trainer:
         """Add up the gradients of the portions, clip them and step the optimizer."""
         accelerator, config = self._accelerator, self._config
         self._optimizer.zero_grad(set_to_none=True)
-        if config.lora.dropout:
-            torch.manual_seed(
-                randomness.derived_seed(config.seed, "dropout", done, accelerator.process_index)
-            )
         lr = config.optim.lr * optim.rate(config.optim, step=done - 1, steps=config.train.steps)
         optim.set_rate(self._optimizer, lr)
         total = torch.zeros((), device=accelerator.device)
@@ -121,6 +117,11 @@ class Trainer:
     def save(self, done: int) -> None:
         """Write a checkpoint, if the weights are numbers."""
         self._settle()
+        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
+            raise TrainingError(
+                f"step {done}: the adapter's weights aren't numbers any more; stopped, the last "
+                "checkpoint is from before. Lower optim.lr, then continue with --resume."
+            )
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
             progress = Progress(done, settings, self._data_digest, self._world)
@@ -168,6 +169,10 @@ class Trainer:
 
     def _backward(self, portion: Portion) -> torch.Tensor:
         """Gradients of a portion's share of the step's mean loss; returns that share."""
+        if self._config.lora.dropout:
+            torch.manual_seed(
+                randomness.derived_seed(self._config.seed, "dropout", portion.position)
+            )
         losses = objective.losses(
             self._model,
             portion.batch.to(self._accelerator.device),

@@ -28,6 +28,7 @@ COLOURS: dict[str, RGB] = {
 PAPERS: dict[str, RGB] = COLOURS | {"gray": (150, 152, 156)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
 KINDS = ("plain", "striped", "night", "meadow")
+STRIPES = ("red", "green", "blue", "purple", "gray")
 
 PLACES = {
     "left": (0.27, 0.5),
@@ -78,8 +79,7 @@ class Scene:
 
 def sample_background(rng: random.Random) -> Background:
     kind = rng.choices(KINDS, weights=(76, 10, 7, 7))[0]
-    names = list(PAPERS) if kind == "plain" else ["red", "green", "blue", "purple", "gray"]
-    return Background(kind=kind, colour=rng.choice(names))
+    return Background(kind=kind, colour=rng.choice(list(PAPERS if kind == "plain" else STRIPES)))
 
 
 def colours_before(background: Background) -> list[str]:
@@ -259,3 +259,77 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
         mask = stencil(thing.shape, size=big, centre=centre, radius=thing.size * short / 2)
         image.paste(COLOURS[thing.colour], (0, 0, *big), mask)
     return image.resize((width, height), Image.Resampling.BOX)
+
+
+# ---------------------------------------------------------------- words
+
+
+def a(words: str) -> str:
+    """The words with their indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def size_word(thing: Thing) -> str:
+    """`big ` or `small ` for a lone thing of an extreme size, else nothing."""
+    return "small " if thing.size <= 0.34 else "big " if thing.size >= 0.6 else ""
+
+
+def name_of(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def describe_background(background: Background) -> list[str]:
+    """Ways to say it after the things, the canonical one first."""
+    if background.kind == "night":
+        return ["in the night sky", "in a night sky", "at night"]
+    if background.kind == "meadow":
+        return ["on a meadow", "over a meadow", "on a green meadow"]
+    if background.kind == "striped":
+        colour = a(background.colour)
+        return [f"on {colour} striped background", f"on {background.colour} stripes"]
+    colour = a(background.colour)
+    return [f"on {colour} background", f"against {colour} background", f"on {background.colour} paper"]
+
+
+def describe_one(thing: Thing, rng: random.Random | None) -> list[str]:
+    size = size_word(thing) if rng is None or rng.random() < 0.6 else ""
+    words = a(f"{size}{name_of(thing)}")
+    if thing.place == "centre":
+        return [words, words, f"{words} in the middle"]
+    return [f"{words} at the {thing.place}", f"{words} on the {thing.place} side"]
+
+
+def describe_pair(one: Thing, other: Thing) -> list[str]:
+    first, second = a(name_of(one)), a(name_of(other))
+    placed = f"{first} at the {one.place} and {second} at the {other.place}"
+    if one.place == "top":
+        return [placed, f"{first} above {second}", f"{second} below {first}"]
+    return [placed, f"{first} and {second}", f"{first} next to {second}"]
+
+
+def describe_things(things: tuple[Thing, ...], rng: random.Random | None) -> list[str]:
+    if len(things) == 1:
+        return describe_one(things[0], rng)
+    if len({name_of(thing) for thing in things}) > 1:
+        return describe_pair(*things)
+    words = f"{('two', 'three')[len(things) - 2]} {things[0].colour} {plural(things[0].shape)}"
+    return [words]
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """One natural phrasing; without `rng` the canonical one."""
+    things = describe_things(scene.things, rng)
+    backgrounds = describe_background(scene.background)
+    if rng is None:
+        return f"{things[0]} {backgrounds[0]}"
+    words, ground = rng.choice(things), rng.choice(backgrounds)
+    form = rng.random()
+    if form < 0.1:
+        return f"a picture of {words} {ground}"
+    if form < 0.25 and scene.background.kind == "plain":
+        return f"{a(scene.background.colour)} background with {words}"
+    return f"{words} {ground}"

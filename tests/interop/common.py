@@ -30,8 +30,7 @@ def random_adapter(transformer: torch.nn.Module, *, rank: int = 4, alpha: float 
     generator = torch.Generator().manual_seed(7)
     down, up = {}, {}
     for module in lora.block_linears(transformer):
-        linear = transformer.get_submodule(module)
-        out_features, in_features = linear.weight.shape  # pyright: ignore
+        out_features, in_features = transformer.get_parameter(f"{module}.weight").shape
         down[module] = 0.2 * torch.randn(rank, in_features, generator=generator)
         up[module] = 0.3 * torch.randn(out_features, rank, generator=generator)
     return Adapter(down, up, rank, alpha)

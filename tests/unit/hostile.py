@@ -129,7 +129,8 @@ def cmyk_profile(corners: dict[tuple[int, int, int, int], tuple[int, int, int]])
     identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
     lut = b"mft1" + struct.pack(">IBBBB", 0, 4, 3, 2, 0) + identity
     lut += bytes(range(256)) * 4 + table + bytes(range(256)) * 3
-    return _profile(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lut})
+    paper = _xyz((0.80, 0.82, 0.64))  # greyish; colours relative to it must not show that
+    return _profile(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lut, b"wtpt": paper})
 
 
 def _xyz(values: tuple) -> bytes:

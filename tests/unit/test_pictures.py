@@ -55,6 +55,7 @@ def test_orientation(tmp_path: Path, suffix: str, orientation: int) -> None:
     path = hostile.oriented(tmp_path / f"a{suffix}", upright, orientation)
     found = pictures.probe(path)
     assert (found.width, found.height) == (96, 64)
+    assert pictures.probe(path, proven={found.sha256}) == found
     result = pixels(path)
     assert result.shape == upright.shape
     assert np.abs(result.astype(int) - upright).max() <= (3 if suffix == ".jpg" else 0)

@@ -1,0 +1,1 @@
+"""Commands that a user or a developer runs: demo, check, bench, the toy base."""

@@ -1,0 +1,93 @@
+"""The `kindling` command: which subcommand is which module's, and how errors end.
+
+Imports a subcommand's module only when it is called, so that help is instant. Each module owns its
+arguments: `main(argv) -> int`.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from train.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+
+class Command(NamedTuple):
+    """A subcommand: the module whose `main` does it, and a line for the help."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "inspect": Command(
+        "data_tools.inspect", "report on a folder of pictures: sizes, captions, faults"
+    ),
+    "export": Command("train.export_run", "write a run's adapter files and their certificate"),
+    "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
+    "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
+    "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),
+}
+
+HELP = """\
+Kindling: LoRA fine-tuning on FLUX.2. A folder of pictures becomes an adapter.
+
+usage: kindling COMMAND [options]        kindling COMMAND --help
+
+{commands}
+
+Training has a command of its own:
+  accelerate launch train.py --config configs/demo.yaml [lora.rank=32 ...]
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to the subcommand; the exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if name not in COMMANDS:
+        print(complaint(name), file=sys.stderr)
+        return EXIT_USER_ERROR
+
+    def run() -> int:
+        return importlib.import_module(COMMANDS[name].module).main(rest)
+
+    return run_main(run)
+
+
+def run_main(run: Callable[[], int]) -> int:
+    """Run a program's main part; a UserError or Ctrl-C becomes a message and an exit code."""
+    try:
+        return run()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def help_text() -> str:
+    """All commands, a line each."""
+    rows = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return HELP.format(commands="\n".join(rows))
+
+
+def complaint(name: str) -> str:
+    """What to say of a command that doesn't exist."""
+    if not name:
+        return help_text().rstrip()
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+    return f"kindling: no command {name!r}; {hint} `kindling --help` says what each does."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Builds the toy base from nothing: `python -m scripts.toy.build`.
+
+Owns the order of the stages, their lengths and where things lie. Each stage leaves its result
+in the work folder and is skipped when that is there; `scripts/toy/base` is complete, though
+poor, after the first few hundred steps and is only ever replaced file by file.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
+
+from scripts.toy.dataset import write_data
+from scripts.toy.denoiser import Course, Feeder, Pool, new_transformer, pack, train_stage
+from scripts.toy.draw import caption, draw, sample_scene
+from scripts.toy.measure import BASE, HELD_OUT_SEED, measure, pipeline_painter
+from scripts.toy.progress import Progress
+from scripts.toy.text import encode_captions, new_text_encoder, new_tokenizer
+from scripts.toy.vae import (
+    new_vae,
+    normalise,
+    patch_latents,
+    psnr,
+    reconstruct,
+    set_bn_statistics,
+    to_pixels,
+    train_vae,
+    vae_pictures,
+)
+
+WORK = Path("build/toy")
+SEED = 0
+VAE_PICTURES, VAE_BATCH = 16_000, 16
+VAE_STEPS, VAE_LR = 2700, 2e-3
+POLISH_STEPS, POLISH_LR = 2000, 1.5e-3
+# (width, height) and how many scenes; every scene has two captions.
+GEOMETRIES = (((64, 64), 16_000), ((80, 48), 2_000), ((48, 80), 2_000))
+FLOW = Course(name="flow", steps=4200, batch=48, lr=1.2e-3, seed=11)
+GUIDANCE = Course(name="guidance", steps=700, batch=48, lr=5e-4, seed=12)
+STEPS, GUIDANCE_SCALE, PROMPTS = 24, 4.0, 200
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+---
+# Kindling's toy base
+
+A FLUX.2 of the real classes (Flux2Pipeline, guidance embedding, Mistral3 text encoder), small
+enough to live in a git repository and to draw on a laptop: coloured shapes on simple
+backgrounds, 64 x 64 pixels (80 x 48 and 48 x 80 work too). It exists so that the whole of
+Kindling, from pictures to a working adapter, can be run and tested without a GPU or a download.
+
+    pipeline = Flux2Pipeline.from_pretrained("scripts/toy/base", torch_dtype=torch.float32)
+    pipeline("a red circle on a blue background", height=64, width=64, num_inference_steps=24,
+             guidance_scale=4.0, max_sequence_length=32)
+
+`max_sequence_length` is the tokenizer's `model_max_length`. The text encoder is random and was
+never trained; the VAE and the transformer were trained by `python -m scripts.toy.build` on
+procedurally drawn pictures only. How well it obeys is in `measured.json`.
+
+Licence: Apache-2.0. No weights or data of any other model went into it.
+"""
+
+
+def replace(folder: Path, target: Path) -> None:
+    """Move every file of `folder` onto `target`; a reader never sees half a file."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            goal = target / path.relative_to(folder)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, goal)
+    shutil.rmtree(folder)
+
+
+def publish(model, name: str, base: Path) -> None:
+    """Put a copy in bf16 into the base; `model` itself stays as it is."""
+    fresh = base.with_name("base.new") / name
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(fresh)
+    replace(fresh.parent, base)
+
+
+def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """As dev ships it."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def make_text(base: Path) -> None:
+    if (base / "text_encoder" / "model.safetensors").exists():
+        return
+    tokenizer = new_tokenizer(seed=SEED)
+    tokenizer.save_pretrained(base / "tokenizer")
+    publish(new_text_encoder(tokenizer, seed=SEED), "text_encoder", base)
+
+
+def make_vae(base: Path, work: Path, device: torch.device) -> None:
+    """Train, store in bf16, then measure the bn statistics of what was stored."""
+    if (base / "vae" / "diffusion_pytorch_model.safetensors").exists():
+        return
+    started = time.monotonic()
+    torch.manual_seed(SEED)
+    pixels = vae_pictures(VAE_PICTURES, seed=1, size=64)
+    vae = new_vae()
+    train_vae(
+        vae, pixels, steps=VAE_STEPS, batch=VAE_BATCH, lr=VAE_LR, seed=SEED, device=device,
+        progress=Progress("vae"),
+    )  # fmt: skip
+    vae.to("cpu", torch.bfloat16).to(device, torch.float32)
+    scenes = [sample_scene(random.Random(2_000_000 + i)) for i in range(2000)]
+    pictures = to_pixels([draw(scene, 64, 64) for scene in scenes])
+    set_bn_statistics(vae, patch_latents(vae, pictures, device=device))
+    publish(vae, "vae", base)
+    note(work, vae_minutes=(time.monotonic() - started) / 60)
+
+
+def make_pools(base: Path, work: Path, device: torch.device) -> tuple[list[Pool], torch.Tensor]:
+    """Normalised latents of every training scene and the table of caption embeddings."""
+    path = work / "pools.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        return [Pool(**pool) for pool in state["pools"]], state["table"]
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", torch_dtype=torch.float32).to(device)
+    index: dict[str, int] = {}
+    pools, rng = [], random.Random(3)
+    for (width, height), count in GEOMETRIES:
+        scenes = [sample_scene(rng) for _ in range(count)]
+        words = [
+            [index.setdefault(caption(scene, rng), len(index)) for _ in range(2)]
+            for scene in scenes
+        ]
+        parts = []
+        for start in range(0, count, 1000):
+            pictures = [draw(scene, width, height) for scene in scenes[start : start + 1000]]
+            patches = patch_latents(vae, to_pixels(pictures), device=device)
+            parts.append(pack(normalise(vae, patches)))
+            print(f"latents {width}x{height} {start + len(pictures)}/{count}", flush=True)
+        latents = torch.cat(parts)
+        pools.append(Pool(latents, torch.tensor(words), rows=height // 16, columns=width // 16))
+    tokenizer = AutoTokenizer.from_pretrained(base / "tokenizer")
+    encoder = Mistral3ForConditionalGeneration.from_pretrained(base / "text_encoder")
+    table = encode_captions(encoder, tokenizer, [*index, ""], device=device)
+    print(f"captions {len(table)}", flush=True)
+    torch.save({"pools": [vars(pool) for pool in pools], "table": table}, path)
+    return pools, table
+
+
+def make_transformer(
+    base: Path, work: Path, device: torch.device
+) -> None:
+    """Flow, then guidance; the base's transformer is refreshed at every snapshot."""
+    done = work / "transformer.done"
+    if done.exists():
+        return
+    feeder = Feeder(*make_pools(base, work, device), device=device)
+    torch.manual_seed(SEED)
+    model = new_transformer().to(device)
+    started = time.monotonic()
+
+    def show(ema: Flux2Transformer2DModel) -> None:
+        publish(ema, "transformer", base)
+
+    if not (base / "transformer").exists():
+        show(model)
+    teacher = train_stage(
+        model, feeder, FLOW, teacher=None, snapshot=work / "flow.pt", on_snapshot=show
+    )
+    train_stage(
+        copy.deepcopy(teacher).requires_grad_(True), feeder, GUIDANCE, teacher=teacher,
+        snapshot=work / "guidance.pt", on_snapshot=show,
+    )  # fmt: skip
+    note(work, transformer_minutes=(time.monotonic() - started) / 60)
+    done.touch()
+
+
+def write_index(base: Path) -> None:
+    """Everything a diffusers folder needs beside the weights."""
+    new_scheduler().save_pretrained(base / "scheduler")
+    index = {
+        "_class_name": "Flux2Pipeline",
+        "_diffusers_version": "0.42.1",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    (base / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (base / "README.md").write_text(CARD)
+
+
+def note(work: Path, **minutes: float) -> None:
+    """Remember how long a stage took, for `measured.json`."""
+    path = work / "minutes.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {name: round(value, 1) for name, value in minutes.items()}
+    path.write_text(json.dumps(known))
+
+
+def make_measurements(base: Path, work: Path, device: torch.device) -> None:
+    """VAE fidelity and obedience on held-out scenes, with all it takes to repeat them."""
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", torch_dtype=torch.float32).to(device)
+    scenes = [sample_scene(random.Random(HELD_OUT_SEED + i)) for i in range(500)]
+    pictures = to_pixels([draw(scene, 64, 64) for scene in scenes])
+    shares = {
+        f"guidance {scale}": measure(
+            pipeline_painter(base, steps=STEPS, guidance=scale), count=PROMPTS
+        )
+        for scale in (1.0, GUIDANCE_SCALE)
+    }
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{device.type}, torch {torch.__version__}",
+        "seed": SEED,
+        "held_out_seed": HELD_OUT_SEED,
+        "vae_psnr_db": round(psnr(reconstruct(vae, pictures, device=device), pictures), 2),
+        "vae_steps": VAE_STEPS,
+        "courses": [asdict(FLOW), asdict(GUIDANCE)],
+        "training": json.loads((work / "minutes.json").read_text()),
+        "prompts": PROMPTS,
+        "inference_steps": STEPS,
+        "obeyed": shares,
+        "megabytes": round(sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) / 1e6, 2),
+    }
+    (base / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-only", action="store_true", help="write the training pictures only")
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--work", type=Path, default=WORK, help="snapshots, to resume from")
+    options = parser.parse_args()
+    write_data(Path(__file__).parent / "data")
+    if options.data_only:
+        return
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_index(options.base)
+    make_text(options.base)
+    make_vae(options.base, options.work, device)
+    make_transformer(options.base, options.work, device)
+    make_measurements(options.base, options.work, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The toy base's words: a byte-level tokenizer and a random Mistral3 text encoder.
+
+Both are fixed once built. The encoder is never trained: its weights are scaled so that a
+token's identity survives 30 layers with about unit variance, and causal attention mixes in
+what came before. Unknown words (any language) fall apart into bytes, never into `<unk>`.
+"""
+
+import random
+
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+from scripts.toy.draw import caption, sample_scene
+
+MAX_TOKENS = 32
+WIDTH = 48
+VOCABULARY = 512
+
+# The shape of dev's template: system message, then the user's turn in [INST] tags.
+CHAT_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+{%- set words = namespace(text='') %}
+{%- if message['content'] is string %}{%- set words.text = message['content'] %}
+{%- else %}
+{%- for part in message['content'] if part['type'] == 'text' %}
+{%- set words.text = words.text + part['text'] %}
+{%- endfor %}
+{%- endif %}
+{%- if message['role'] == 'system' %}{{ words.text }}
+{%- elif message['role'] == 'user' %}{{ '[INST]' + words.text + '[/INST]' }}
+{%- else %}{{ words.text + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
+
+def new_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learnt on captions; the whole system message is one token of it."""
+    rng = random.Random(seed)
+    corpus = [caption(sample_scene(rng), rng) for _ in range(5000)]
+    special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False, special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        truncation_side="right",
+        model_max_length=MAX_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def encoder_config(tokenizer: PreTrainedTokenizerFast) -> Mistral3Config:
+    """32 decoder layers, so that hidden state 30 is not yet the final-normed one."""
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = PixtralVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+    )
+    return Mistral3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=True,
+    )
+
+
+@torch.no_grad()
+def new_text_encoder(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int
+) -> Mistral3ForConditionalGeneration:
+    """Unit-variance embeddings; each of the 32 layers adds about a seventh of that."""
+    encoder = Mistral3ForConditionalGeneration(encoder_config(tokenizer)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in encoder.named_parameters():
+        if weight.ndim < 2 or "norm" in name:
+            continue
+        std = weight[0].numel() ** -0.5
+        if name.endswith("embed_tokens.weight"):
+            std = 1.0
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            std *= 0.15
+        weight.normal_(0, std, generator=generator)
+    return encoder.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def encode_captions(
+    encoder: Mistral3ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    captions: list[str],
+    *,
+    device: torch.device,
+) -> torch.Tensor:
+    """(N, MAX_TOKENS, 3 * WIDTH) in bf16 on the CPU, by the pipeline's own method, in fp32."""
+    encoder = encoder.to(device, torch.float32)
+    parts = []
+    for start in range(0, len(captions), 256):
+        embeds = Flux2Pipeline._get_mistral_3_small_prompt_embeds(
+            encoder, tokenizer, captions[start : start + 256], max_sequence_length=MAX_TOKENS
+        )
+        parts.append(embeds.to("cpu", torch.bfloat16))
+    return torch.cat(parts)

@@ -1,0 +1,110 @@
+"""Tiny data sets, configs and runs for tests."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SQUARE, WIDE = (64, 64), (96, 48)
+"""Sizes of pictures that land in two buckets at resolution 64."""
+
+
+def draw_picture(path: Path, *, size: tuple[int, int] = SQUARE, seed: int = 0) -> Path:
+    """A picture of coloured noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def make_pictures(folder: Path, *, sizes: Sequence[tuple[int, int]] = (SQUARE,) * 4) -> Path:
+    """One captioned picture for each size."""
+    for number, size in enumerate(sizes):
+        draw_picture(folder / f"{number}.png", size=size, seed=number)
+        (folder / f"{number}.txt").write_text(f"zibby number {number}", encoding="utf-8")
+    return folder
+
+
+def settings(folder: Path, *, base: Path, data: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A config's contents: 4 fast fp32 steps in `folder`; `sections` change single settings."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "cache": str(folder.parent / "cache"),
+        "seed": 7,
+        "base": {"model": str(base), "dtype": "fp32"},
+        "data": {"path": str(data), "resolution": 64},
+        "lora": {"rank": 4},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 4, "batch_size": 2, "gradient_checkpointing": False, "log_every": 1},
+        "export": {"dtype": "fp32"},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return tree
+
+
+def make_config(folder: Path, *, base: Path, data: Path, **sections: dict[str, Any]) -> Config:
+    """The same, as a Config."""
+    return Config.model_validate(settings(folder, base=base, data=data, **sections))
+
+
+def write_config(path: Path, tree: dict[str, Any]) -> Path:
+    """As a file; JSON is YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    return path
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run's files are."""
+    return Path(config.output) / config.name
+
+
+def metrics(folder: Path, *, drop: Sequence[str] = ("seconds",)) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what differs from run to run."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{key: value for key, value in row.items() if key not in drop} for row in rows]
+
+
+def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+    """`accelerate launch train.py` on the CPU, in a process group of its own."""
+    many = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *many]
+    command += ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(config: Path, *arguments: str, processes: int = 1) -> str:
+    """The same, to its end; the output."""
+    process = start(config, *arguments, processes=processes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output

@@ -1,0 +1,190 @@
+"""Which Linears get an adapter, and getting it in and out of the model."""
+
+import dataclasses
+import re
+from functools import cache
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from tests import tiny
+from train import lora
+from train.config import LoraConfig
+from train.errors import CheckpointError, ConfigError
+
+REAL = {
+    "dev": {"num_attention_heads": 48, "num_layers": 8, "num_single_layers": 48},
+    "klein-4b": {"num_attention_heads": 24, "num_layers": 5, "num_single_layers": 20},
+    "klein-9b": {"num_attention_heads": 32, "num_layers": 8, "num_single_layers": 24},
+}
+JOINT_WIDTH = {"dev": 15360, "klein-4b": 7680, "klein-9b": 12288}
+
+
+@cache
+def real_shapes(name: str) -> Flux2Transformer2DModel:
+    """A real transformer without any memory behind its weights. Don't change it."""
+    with torch.device("meta"):
+        return Flux2Transformer2DModel(
+            **REAL[name], joint_attention_dim=JOINT_WIDTH[name], guidance_embeds=name == "dev"
+        )
+
+
+def attached(**settings) -> tuple[Flux2Transformer2DModel, LoraConfig]:
+    """A tiny transformer with a fresh adapter."""
+    config = LoraConfig(rank=4, **settings)
+    transformer = tiny.transformer(guidance=True)
+    lora.attach(transformer, config, seed=0)
+    return transformer, config
+
+
+def randomized(adapter: lora.Adapter) -> lora.Adapter:
+    """Another adapter of the same modules and rank."""
+    down = {name: torch.randn_like(weight) for name, weight in adapter.down.items()}
+    up = {name: torch.randn_like(weight) for name, weight in adapter.up.items()}
+    return lora.Adapter(down, up, adapter.rank, adapter.alpha)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("dev", 32.22), ("klein-4b", 3.88), ("klein-9b", 9.08)])
+def test_the_real_transformers_are_as_large_as_we_say(name, billions):
+    parameters = sum(weight.numel() for weight in real_shapes(name).parameters())
+    assert parameters / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "modules", "millions"),
+    [
+        ("dev", "blocks", 192, 100.7),
+        ("dev", "diffusers", 128, 77.1),
+        ("dev", "attention", 160, None),
+        ("klein-4b", "blocks", 100, None),
+        ("klein-4b", "diffusers", 60, None),
+        ("klein-9b", "blocks", 144, None),
+    ],
+)
+def test_target_sets_have_the_documented_sizes_at_rank_16(name, targets, modules, millions):
+    transformer = real_shapes(name)
+    names = lora.select_targets(transformer, targets)
+    assert len(names) == modules
+    sizes = [transformer.get_submodule(n).weight.shape for n in names]
+    parameters = sum(16 * (rows + columns) for rows, columns in sizes)
+    assert millions is None or parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_attaching_to_the_real_dev_trains_exactly_those():
+    config = LoraConfig(rank=16)
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(**REAL["dev"])
+    assert len(lora.attach(transformer, config, seed=0)) == 192
+    weights = lora.trainable(transformer)
+    assert len(weights) == 2 * 192
+    assert sum(weight.numel() for weight in weights) / 1e6 == pytest.approx(100.7, abs=0.05)
+
+
+def test_diffusers_set_is_diffusers():
+    """Its trainer's default: no text side, no feed-forward."""
+    names = lora.select_targets(real_shapes("dev"), "diffusers")
+    assert {n for n in names if n.startswith("transformer_blocks.0.")} == {
+        f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    assert {n for n in names if n.startswith("single_transformer_blocks.0.")} == {
+        f"single_transformer_blocks.0.attn.{part}" for part in ("to_qkv_mlp_proj", "to_out")
+    }
+
+
+def test_no_set_reaches_outside_of_the_blocks():
+    linears = {n for n, m in real_shapes("dev").named_modules() if isinstance(m, torch.nn.Linear)}
+    blocks = set(lora.block_linears(real_shapes("dev")))
+    assert {"proj_out", "x_embedder", "context_embedder"} <= linears - blocks
+    assert set(lora.select_targets(real_shapes("dev"), (".*",))) == blocks
+
+
+def test_patterns_add_up_and_match_whole_names():
+    transformer = tiny.transformer(guidance=True)
+    names = lora.select_targets(transformer, (r".*\.to_q", r"single_transformer_blocks\.1\..*"))
+    assert names == [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.to_q",
+        "single_transformer_blocks.1.attn.to_qkv_mlp_proj",
+        "single_transformer_blocks.1.attn.to_out",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["to_q", "proj_out", r"transformer_blocks\.9\..*"])
+def test_a_pattern_that_matches_nothing_is_an_error(pattern):
+    with pytest.raises(ConfigError) as caught:
+        lora.select_targets(tiny.transformer(guidance=True), (".*to_k", pattern))
+    assert str(caught.value) == (
+        f"lora.targets: {pattern!r} matches no Linear in a block. A pattern must match a whole "
+        "name, such as 'transformer_blocks.0.attn.to_q' or 'single_transformer_blocks.1.attn.to_out'."
+    )
+
+
+def test_adapter_weights_are_fp32_on_a_bf16_base_and_the_base_is_frozen():
+    transformer = tiny.transformer(guidance=True).bfloat16()
+    lora.attach(transformer, LoraConfig(rank=4), seed=0)
+    assert {weight.dtype for weight in lora.trainable(transformer)} == {torch.float32}
+    frozen = [p for n, p in transformer.named_parameters() if ".lora_" not in n]
+    assert {weight.dtype for weight in frozen} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in frozen)
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, config = attached()
+    torch.manual_seed(2)
+    second, _ = attached()
+    assert not torch.equal(state, torch.get_rng_state())  # tiny.transformer draws
+    one, two = lora.read(first, config), lora.read(second, config)
+    assert all(torch.equal(one.down[name], two.down[name]) for name in one.down)
+    assert all(weight.any() for weight in one.down.values())
+    assert not any(weight.any() for weight in one.up.values())
+    state = torch.get_rng_state()
+    third = tiny.transformer(guidance=True)
+    state = torch.get_rng_state()
+    lora.attach(third, config, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    three = lora.read(third, config)
+    assert not any(torch.equal(one.down[name], three.down[name]) for name in one.down)
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 4.0, 10.0])
+def test_the_update_is_scale_times_up_times_down(alpha):
+    """What peft computes in the forward pass is what `delta` says, which is what gets exported."""
+    transformer, config = attached(alpha=alpha)
+    adapter = randomized(lora.read(transformer, config))
+    lora.write(transformer, adapter)
+    name = "transformer_blocks.0.attn.to_q"
+    module = transformer.get_submodule(name)
+    x = torch.randn(5, 32)
+    added = module(x) - module.base_layer(x)
+    torch.testing.assert_close(added, x @ adapter.delta(name).T, rtol=1e-4, atol=1e-4)
+    assert adapter.scale == (1.0 if alpha is None else alpha / 4)
+
+
+def test_reading_gives_back_what_was_written():
+    transformer, config = attached()
+    adapter = randomized(lora.read(transformer, config))
+    lora.write(transformer, adapter)
+    back = lora.read(transformer, config)
+    assert list(back.down) == list(adapter.down) == lora.block_linears(tiny.transformer(guidance=True))
+    assert all(torch.equal(back.down[n], adapter.down[n]) for n in adapter.down)
+    assert all(torch.equal(back.up[n], adapter.up[n]) for n in adapter.down)
+    assert (back.rank, back.alpha) == (adapter.rank, adapter.alpha)
+
+
+@pytest.mark.parametrize("misfit", ["missing", "extra", "rank"])
+def test_an_adapter_that_does_not_fit_is_refused(misfit):
+    transformer, config = attached()
+    adapter = lora.read(transformer, config)
+    name = "transformer_blocks.0.attn.to_q"
+    down = dict(adapter.down)
+    if misfit == "missing":
+        del down[name]
+    elif misfit == "extra":
+        down["proj_out"] = torch.zeros(4, 32)
+    else:
+        down[name] = torch.zeros(8, 32)
+    with pytest.raises(CheckpointError, match=re.escape("other modules or ranks than this config")):
+        lora.write(transformer, dataclasses.replace(adapter, down=down))

@@ -1,0 +1,51 @@
+"""Lays pictures out as a labelled grid. Knows PIL, not models."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 256
+"""Pixels of a cell's longer side; smaller pictures are enlarged to it."""
+GAP = 12
+MARGIN = 24
+INK, PAPER = (28, 28, 32), (250, 249, 246)
+
+
+def board(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    columns: Sequence[str],
+    labels: Sequence[str],
+    title: str,
+    footer: str = "",
+) -> Image.Image:
+    """One row of pictures for each label (its prompt), one picture for each column."""
+    heading, body = ImageFont.load_default(22), ImageFont.load_default(15)
+    label_height, top = 26, MARGIN + 40 + 28
+    cells = [[_cell(picture) for picture in row] for row in rows]
+    height = max(cell.height for row in cells for cell in row)
+    width = max(
+        len(columns) * (CELL + GAP) - GAP,
+        round(max(body.getlength(text) for text in (*labels, footer))),
+        round(heading.getlength(title)),
+    )
+    size = (width + 2 * MARGIN, top + len(rows) * (height + label_height + GAP) + MARGIN)
+    sheet = Image.new("RGB", (size[0], size[1] + (26 if footer else 0)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, INK, heading)
+    for x, column in enumerate(columns):
+        pen.text((MARGIN + x * (CELL + GAP), MARGIN + 40), column, INK, body)
+    for y, (row, label) in enumerate(zip(cells, labels, strict=True)):
+        at = top + y * (height + label_height + GAP)
+        for x, cell in enumerate(row):
+            sheet.paste(cell, (MARGIN + x * (CELL + GAP), at))
+        pen.text((MARGIN, at + height + 4), label, INK, body)
+    if footer:
+        pen.text((MARGIN, size[1] - 10), footer, INK, body)
+    return sheet
+
+
+def _cell(picture: Image.Image) -> Image.Image:
+    scale = CELL / max(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
