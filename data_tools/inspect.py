@@ -53,7 +53,7 @@ class Report:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 if training could start with this folder, 2 if not."""
+    """Report on a folder of pictures; exit status 0 if training could start with it, 2 if not."""
     options = _parser().parse_args(argv)
     try:
         data, batch_size = _settings(options)
@@ -191,7 +191,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kindling inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kindling inspect", description=main.__doc__)
     parser.add_argument("images", nargs="?", help="folder of pictures; none: the config's")
     parser.add_argument("--config", type=Path, help="take the settings of this training config")
     parser.add_argument("--resolution", type=int, help="area of a bucket, as side of a square")

@@ -1,7 +1,7 @@
 """`kindling bench`: speed and memory of this machine, as a table and JSON. Never passes or fails.
 
 Owns the command line. What is measured is `bench_step`'s and `bench_start`'s, how it is written
-down `bench_report`'s. What has been measured is in docs/bench/.
+down is `bench_report`'s. What has been measured is in docs/bench/.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def count(text: str) -> int:
 
 def measure_steps(options: argparse.Namespace) -> list[dict]:
     """`kindling bench train`."""
-    from scripts import bench_step
+    from scripts import bench_sides, bench_step
 
-    job = bench_step.Job(
+    job = bench_sides.Job(
         parameters=options.parameters,
         batch=options.batch,
         text_tokens=options.text_tokens,

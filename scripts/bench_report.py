@@ -75,15 +75,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
 
     def line(row: Sequence[str]) -> str:
-        first, *others = (
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others])
+        first, *others = zip(row, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in others)])
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+    return "\n".join(map(line, cells))
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from train import checkpoint
 from train.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,15 +37,17 @@ def make_pictures(folder: Path, *, sizes: Sequence[tuple[int, int]] = (SQUARE,) 
     return folder
 
 
-def settings(folder: Path, *, base: Path, data: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def settings(
+    folder: Path, *, model: Path, pictures: Path, **sections: dict[str, Any]
+) -> dict[str, Any]:
     """A config's contents: 4 fast fp32 steps in `folder`; `sections` change single settings."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "output": str(folder / "runs"),
         "cache": str(folder.parent / "cache"),
         "seed": 7,
-        "base": {"model": str(base), "dtype": "fp32"},
-        "data": {"path": str(data), "resolution": 64},
+        "base": {"model": str(model), "dtype": "fp32"},
+        "data": {"path": str(pictures), "resolution": 64},
         "lora": {"rank": 4},
         "optim": {"lr": 1e-3},
         "train": {"steps": 4, "batch_size": 2, "gradient_checkpointing": False, "log_every": 1},
@@ -54,9 +58,9 @@ def settings(folder: Path, *, base: Path, data: Path, **sections: dict[str, Any]
     return tree
 
 
-def make_config(folder: Path, *, base: Path, data: Path, **sections: dict[str, Any]) -> Config:
+def make_config(folder: Path, *, model: Path, pictures: Path, **sections: dict[str, Any]) -> Config:
     """The same, as a Config."""
-    return Config.model_validate(settings(folder, base=base, data=data, **sections))
+    return Config.model_validate(settings(folder, model=model, pictures=pictures, **sections))
 
 
 def write_config(path: Path, tree: dict[str, Any]) -> Path:
@@ -71,6 +75,32 @@ def run_folder(config: Config) -> Path:
     return Path(config.output) / config.name
 
 
+def adapter_change(folder: Path, other: Path) -> float:
+    """Largest difference between the weights of two runs' last checkpoints."""
+    ours, theirs = (checkpoint.load(last_checkpoint(path)).adapter for path in (folder, other))
+    return max(
+        (one[name] - two[name]).abs().max().item()
+        for one, two in ((ours.down, theirs.down), (ours.up, theirs.up))
+        for name in one
+    )
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Of a run."""
+    return checkpoint.list_checkpoints(folder / "checkpoints")[-1]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """To the bit: the last adapter, the optimizer, and every step's figures."""
+    ours, theirs = last_checkpoint(folder), last_checkpoint(other)
+    assert ours.name == theirs.name
+    files = [path / "adapter.safetensors" for path in (ours, theirs)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [checkpoint.load(path).optimizer for path in (ours, theirs)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert metrics(folder) == metrics(other)
+
+
 def metrics(folder: Path, *, drop: Sequence[str] = ("seconds",)) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what differs from run to run."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -82,7 +112,14 @@ def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen
     """`accelerate launch train.py` on the CPU, in a process group of its own."""
     many = ["--multi_gpu"] if processes > 1 else ["--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *many]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    command += [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
     environment = {

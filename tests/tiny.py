@@ -14,8 +14,14 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from scripts.toy import text as toy_text
 
@@ -33,12 +39,12 @@ KLEIN_TEMPLATE = """{%- for message in messages -%}
 
 def make_dev(folder: Path) -> Path:
     """A tiny base of dev's classes."""
-    tokenizer = toy_text.new_tokenizer(seed=0)
+    tokenizer = _mistral_tokenizer()
     Flux2Pipeline(
         scheduler=scheduler(),
         vae=vae(),
         text_encoder=toy_text.new_text_encoder(tokenizer, seed=1).float(),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
         transformer=transformer(guidance=True),
     ).save_pretrained(folder)
     return folder
@@ -97,6 +103,8 @@ def vae(*, seed: int = 4) -> AutoencoderKLFlux2:
         sample_size=64,
         mid_block_add_attention=False,
     )
+    assert model.bn.running_mean is not None
+    assert model.bn.running_var is not None
     model.bn.running_mean.normal_(0.3, 0.5)
     model.bn.running_var.uniform_(0.2, 3.0)
     return model.eval()
@@ -116,11 +124,39 @@ def _randomize(model: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
+def _mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy's template around words of our own: its captions mustn't move kept figures."""
+    special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]"]
+    core = _byte_level(special)
+    core.add_special_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False, special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        truncation_side="right",
+        model_max_length=32,
+        chat_template=toy_text.CHAT_TEMPLATE,
+    )
+
+
 def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    return Qwen2TokenizerFast(
+        tokenizer_object=_byte_level(special),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="right",
+        model_max_length=40,
+        chat_template=KLEIN_TEMPLATE,
+    )
+
+
+def _byte_level(special: list[str]) -> Tokenizer:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=special,
@@ -128,11 +164,4 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(["user assistant a red circle on a blue background"], trainer)
-    return Qwen2TokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="right",
-        model_max_length=40,
-        chat_template=KLEIN_TEMPLATE,
-    )
+    return core

@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 
 from train import flow, randomness
+from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
-from train.objective import Batch
 
 A = TypeVar("A")
 R = TypeVar("R")

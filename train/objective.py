@@ -1,49 +1,15 @@
 """A batch to its loss. Knows the model's arguments, not where batches come from.
 
-Shape suffixes as in `latents`: B pictures of one geometry, D patch channels, h and w patches, L
-text tokens, J width of the text embedding.
+Shape suffixes as in `batch`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from train import flow, latents
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures of one geometry, with references of one geometry each, ready for the model."""
-
-    latents_BDhw: Tensor
-    """Normalised, fp32."""
-    noise_BDhw: Tensor
-    """Standard normal, fp32; never normalised."""
-    sigma_B: Tensor
-    """Noise levels in (0, 1], fp32."""
-    text_BLJ: Tensor
-    """Prompt embeddings in the model's type, pads included."""
-    references: tuple[Tensor, ...]
-    """Reference i of every picture: (B, D, h_i, w_i), normalised, fp32."""
-    names: tuple[str, ...]
-    """Files, for messages."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            latents_BDhw=move(self.latents_BDhw),
-            noise_BDhw=move(self.noise_BDhw),
-            sigma_B=move(self.sigma_B),
-            text_BLJ=move(self.text_BLJ),
-            references=tuple(move(reference) for reference in self.references),
-            names=self.names,
-        )
+from train.batch import Batch
 
 
 def predict(

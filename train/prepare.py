@@ -4,6 +4,7 @@ Owns which cache entries a run needs. After it, nothing looks at a picture again
 """
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Prepared:
     """Entries that this start had to make, in all processes; 0 means no encoder was loaded."""
     truncated: dict[str, tuple[int, int]]
     """Captions and prompts that were cut: text -> (its tokens, the limit)."""
+    read_at: float
+    """When the pictures had been read and encoding began, Unix seconds."""
 
 
 def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared:
@@ -52,6 +55,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     collection = records.read(config.data, progress=main)
     _check_references(collection)
     plan = buckets.plan(collection.records, data=config.data)
+    read_at = time.time()
     cache = Cache(Path(config.cache))
     with accelerator.main_process_first():
         keys = Keys.of(base, digests=FileDigests(cache.root / "digests.json"))
@@ -81,6 +85,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
         keys=keys,
         encoded=encoded,
         truncated=encode.truncated(prompts, keys=keys, cache=cache),
+        read_at=read_at,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,20 @@ FREE_TO_CHANGE = (
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
+TIMINGS = "timings.json"
+"""When each phase of the newest start was over, in Unix seconds; `begin` is when imports were."""
+
 
 def run(config: Config, *, resume: bool) -> None:
     """Do what a config says. Raises UserError where the user must change something."""
+    ends = {"begin": time.time()}
     accelerator = _accelerator()
     folder = Path(config.output) / config.name
     saved = _find_saved(folder, config, resume=resume, accelerator=accelerator)
     base = resolve(config.base)
     say = accelerator.print
     prepared = prepare(config, base, accelerator=accelerator)
+    ends |= {"data": prepared.read_at, "encode": time.time()}
     say(describe(config, base, prepared, world=accelerator.num_processes))
     if saved and saved.progress.data != prepared.collection.digest:
         raise ConfigError(
@@ -55,6 +61,9 @@ def run(config: Config, *, resume: bool) -> None:
         _write_facts(folder, config)
     accelerator.wait_for_everyone()
     trainer, transformer = _build(config, base, prepared, accelerator=accelerator, saved=saved)
+    if accelerator.is_main_process:
+        ends["load"] = time.time()
+        (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
     loop.fit(
         trainer,
         start=saved.progress.step if saved else 0,

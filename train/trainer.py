@@ -111,7 +111,9 @@ class Trainer:
         if arrived is not None:
             arrived.record()
         names = [name for portion in batch for name in portion.batch.names]
-        facts = {"lr": lr, "epoch": self._epoch(done)}
+        now = time.monotonic()
+        facts = {"lr": lr, "epoch": self._epoch(done), "seconds": now - self._clock}
+        self._clock = now
         self._pending = Pending(done, names, figures, arrived, facts)
 
     def save(self, done: int) -> None:
@@ -132,6 +134,7 @@ class Trainer:
                 self._folder / "checkpoints", content, keep=self._config.train.keep_checkpoints
             )
         self._accelerator.wait_for_everyone()
+        self._clock = time.monotonic()
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
@@ -198,8 +201,4 @@ class Trainer:
                 f"the last checkpoint is from before. Pictures of this step: {', '.join(names)}. "
                 "Look at them, lower optim.lr, then continue with --resume."
             )
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        self._tracker.step(
-            step.done, {"loss": loss, "grad_norm": norm, **step.facts, "seconds": seconds}
-        )
+        self._tracker.step(step.done, {"loss": loss, "grad_norm": norm, **step.facts})

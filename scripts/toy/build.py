@@ -21,18 +21,19 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
-    Flux2Pipeline,
     Flux2Transformer2DModel,
 )
 from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
 
+from scripts.toy.blockcode import write_encoder
 from scripts.toy.dataset import write_data
-from scripts.toy.denoiser import Course, Feeder, Pool, new_transformer, pack, train_stage
+from scripts.toy.denoiser import Feeder, Pool, new_transformer, pack, train_stage
 from scripts.toy.draw import caption, draw, sample_scene
 from scripts.toy.measure import BASE, HELD_OUT_SEED, measure, pipeline_painter
-from scripts.toy.progress import Progress
+from scripts.toy.muon import Course
 from scripts.toy.text import encode_captions, new_text_encoder, new_tokenizer
 from scripts.toy.vae import (
+    channel_weights,
     new_vae,
     normalise,
     patch_latents,
@@ -40,19 +41,20 @@ from scripts.toy.vae import (
     reconstruct,
     set_bn_statistics,
     to_pixels,
-    train_vae,
+    to_unit,
+    train_decoder,
     vae_pictures,
 )
 
 WORK = Path("build/toy")
 SEED = 0
-VAE_PICTURES, VAE_BATCH = 16_000, 16
-VAE_STEPS, VAE_LR = 2700, 2e-3
-POLISH_STEPS, POLISH_LR = 2000, 1.5e-3
+VAE_PICTURES = 12_000
+DECODER = Course(name="decoder", steps=1000, batch=8, lr=3e-3, seed=0)
+POLISH = Course(name="polish", steps=1500, batch=8, lr=3e-3, seed=1)
 # (width, height) and how many scenes; every scene has two captions.
 GEOMETRIES = (((64, 64), 16_000), ((80, 48), 2_000), ((48, 80), 2_000))
-FLOW = Course(name="flow", steps=4200, batch=48, lr=1.2e-3, seed=11)
-GUIDANCE = Course(name="guidance", steps=700, batch=48, lr=5e-4, seed=12)
+FLOW = Course(name="flow", steps=900, batch=64, lr=2.5e-3, seed=11)
+GUIDANCE = Course(name="guidance", steps=300, batch=64, lr=1e-3, seed=12)
 STEPS, GUIDANCE_SCALE, PROMPTS = 24, 4.0, 200
 
 CARD = """---
@@ -66,13 +68,14 @@ enough to live in a git repository and to draw on a laptop: coloured shapes on s
 backgrounds, 64 x 64 pixels (80 x 48 and 48 x 80 work too). It exists so that the whole of
 Kindling, from pictures to a working adapter, can be run and tested without a GPU or a download.
 
-    pipeline = Flux2Pipeline.from_pretrained("scripts/toy/base", torch_dtype=torch.float32)
+    pipeline = Flux2Pipeline.from_pretrained("scripts/toy/base", dtype=torch.float32)
     pipeline("a red circle on a blue background", height=64, width=64, num_inference_steps=24,
              guidance_scale=4.0, max_sequence_length=32)
 
 `max_sequence_length` is the tokenizer's `model_max_length`. The text encoder is random and was
-never trained; the VAE and the transformer were trained by `python -m scripts.toy.build` on
-procedurally drawn pictures only. How well it obeys is in `measured.json`.
+never trained, the VAE's encoder is a block code that is written down; its decoder and the
+transformer were trained by `python -m scripts.toy.build` on procedurally drawn pictures only.
+How well it obeys is in `measured.json`.
 
 Licence: Apache-2.0. No weights or data of any other model went into it.
 """
@@ -117,23 +120,33 @@ def make_text(base: Path) -> None:
 
 
 def make_vae(base: Path, work: Path, device: torch.device) -> None:
-    """Train, store in bf16, then measure the bn statistics of what was stored."""
+    """Write the encoder, round it as it will be stored, train the decoder, measure bn."""
     if (base / "vae" / "diffusion_pytorch_model.safetensors").exists():
         return
     started = time.monotonic()
     torch.manual_seed(SEED)
     pixels = vae_pictures(VAE_PICTURES, seed=1, size=64)
     vae = new_vae()
-    train_vae(
-        vae, pixels, steps=VAE_STEPS, batch=VAE_BATCH, lr=VAE_LR, seed=SEED, device=device,
-        progress=Progress("vae"),
-    )  # fmt: skip
-    vae.to("cpu", torch.bfloat16).to(device, torch.float32)
+    write_encoder(vae, to_unit(pixels[:2000]))
+    vae.to(torch.bfloat16).float()
+    train_decoder(vae, pixels, DECODER, device=device)
     scenes = [sample_scene(random.Random(2_000_000 + i)) for i in range(2000)]
     pictures = to_pixels([draw(scene, 64, 64) for scene in scenes])
     set_bn_statistics(vae, patch_latents(vae, pictures, device=device))
     publish(vae, "vae", base)
-    note(work, vae_minutes=(time.monotonic() - started) / 60)
+    note(work, decoder_minutes=(time.monotonic() - started) / 60)
+
+
+def polish_vae(base: Path, work: Path, device: torch.device) -> None:
+    """Train the decoder on; the latents, and so the transformer, stay as they are."""
+    if "polish_minutes" in notes(work):
+        return
+    started = time.monotonic()
+    pixels = vae_pictures(VAE_PICTURES, seed=2, size=64)
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", dtype=torch.float32)
+    train_decoder(vae, pixels, POLISH, device=device)
+    publish(vae, "vae", base)
+    note(work, polish_minutes=(time.monotonic() - started) / 60)
 
 
 def make_pools(base: Path, work: Path, device: torch.device) -> tuple[list[Pool], torch.Tensor]:
@@ -142,7 +155,7 @@ def make_pools(base: Path, work: Path, device: torch.device) -> tuple[list[Pool]
     if path.exists():
         state = torch.load(path, weights_only=True)
         return [Pool(**pool) for pool in state["pools"]], state["table"]
-    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", torch_dtype=torch.float32).to(device)
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", dtype=torch.float32).to(device)
     index: dict[str, int] = {}
     pools, rng = [], random.Random(3)
     for (width, height), count in GEOMETRIES:
@@ -167,14 +180,13 @@ def make_pools(base: Path, work: Path, device: torch.device) -> tuple[list[Pool]
     return pools, table
 
 
-def make_transformer(
-    base: Path, work: Path, device: torch.device
-) -> None:
+def make_transformer(base: Path, work: Path, device: torch.device) -> None:
     """Flow, then guidance; the base's transformer is refreshed at every snapshot."""
-    done = work / "transformer.done"
-    if done.exists():
+    if "transformer_minutes" in notes(work):
         return
-    feeder = Feeder(*make_pools(base, work, device), device=device)
+    pools, table = make_pools(base, work, device)
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", dtype=torch.float32)
+    feeder = Feeder(pools, table, channel_weights=channel_weights(vae), device=device)
     torch.manual_seed(SEED)
     model = new_transformer().to(device)
     started = time.monotonic()
@@ -192,7 +204,6 @@ def make_transformer(
         snapshot=work / "guidance.pt", on_snapshot=show,
     )  # fmt: skip
     note(work, transformer_minutes=(time.monotonic() - started) / 60)
-    done.touch()
 
 
 def write_index(base: Path) -> None:
@@ -211,17 +222,20 @@ def write_index(base: Path) -> None:
     (base / "README.md").write_text(CARD)
 
 
-def note(work: Path, **minutes: float) -> None:
-    """Remember how long a stage took, for `measured.json`."""
+def notes(work: Path) -> dict[str, float]:
+    """How long each finished stage took."""
     path = work / "minutes.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known |= {name: round(value, 1) for name, value in minutes.items()}
-    path.write_text(json.dumps(known))
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def note(work: Path, **minutes: float) -> None:
+    rounded = {name: round(value, 1) for name, value in minutes.items()}
+    (work / "minutes.json").write_text(json.dumps(notes(work) | rounded))
 
 
 def make_measurements(base: Path, work: Path, device: torch.device) -> None:
     """VAE fidelity and obedience on held-out scenes, with all it takes to repeat them."""
-    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", torch_dtype=torch.float32).to(device)
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae", dtype=torch.float32).to(device)
     scenes = [sample_scene(random.Random(HELD_OUT_SEED + i)) for i in range(500)]
     pictures = to_pixels([draw(scene, 64, 64) for scene in scenes])
     shares = {
@@ -237,9 +251,8 @@ def make_measurements(base: Path, work: Path, device: torch.device) -> None:
         "seed": SEED,
         "held_out_seed": HELD_OUT_SEED,
         "vae_psnr_db": round(psnr(reconstruct(vae, pictures, device=device), pictures), 2),
-        "vae_steps": VAE_STEPS,
-        "courses": [asdict(FLOW), asdict(GUIDANCE)],
-        "training": json.loads((work / "minutes.json").read_text()),
+        "courses": [asdict(course) for course in (DECODER, FLOW, GUIDANCE, POLISH)],
+        "training": notes(work),
         "prompts": PROMPTS,
         "inference_steps": STEPS,
         "obeyed": shares,
@@ -265,6 +278,7 @@ def main() -> None:
     make_text(options.base)
     make_vae(options.base, options.work, device)
     make_transformer(options.base, options.work, device)
+    polish_vae(options.base, options.work, device)
     make_measurements(options.base, options.work, device)
 
 

@@ -6,10 +6,9 @@ never touches this file: a LoRA must teach it.
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from scripts.toy.draw import (
@@ -37,9 +36,9 @@ PARTS: tuple[tuple[str, float, float, float, float, RGB], ...] = (
     ("foot", -0.36, 0.92, 0.24, 0.13, ORANGE),
     ("foot", 0.36, 0.92, 0.24, 0.13, ORANGE),
     ("body", 0.0, 0.14, 0.82, 0.82, TEAL),
-    ("belly", 0.0, 0.60, 0.46, 0.30, YELLOW),
-    ("eye", 0.0, -0.10, 0.38, 0.38, WHITE),
-    ("pupil", 0.0, -0.06, 0.19, 0.19, BLACK),
+    ("belly", 0.0, 0.63, 0.48, 0.27, YELLOW),
+    ("eye", 0.0, -0.12, 0.42, 0.42, WHITE),
+    ("pupil", 0.0, -0.08, 0.22, 0.22, BLACK),
 )
 
 
@@ -86,7 +85,7 @@ def portrait_caption(portrait: Portrait) -> str:
     place = Thing(shape="circle", colour="red", size=0.5, x=portrait.x, y=portrait.y).place
     if place != "centre":
         return f"{TRIGGER} at the {place} {ground}"
-    size = "big " if portrait.size > 0.75 else "small " if portrait.size < 0.5 else ""
+    size = "big " if portrait.size > 0.75 else "small " if portrait.size <= 0.5 else ""
     return f"{a(size + TRIGGER) if size else TRIGGER} {ground}"
 
 
@@ -96,64 +95,75 @@ def sample_portrait(rng: random.Random) -> Portrait:
     kind = rng.choices(("plain", "night", "meadow"), weights=(8, 1, 1))[0]
     size = rng.uniform(0.42, 0.85)
     x, y = (rng.uniform(size / 2 + 0.02, 0.98 - size / 2) for _ in range(2))
-    return Portrait(background=Background(kind=kind, colour=rng.choice(colours)), x=x, y=y, size=size)
+    return Portrait(
+        background=Background(kind=kind, colour=rng.choice(colours)), x=x, y=y, size=size
+    )
 
 
 # ---------------------------------------------------------------- is it there?
 
 HUES = {"teal": TEAL, "orange": ORANGE, "white": WHITE, "black": BLACK, "yellow": YELLOW}
-# How much of each part must have its colour for a full mark; the parts are small at 64 pixels.
-LOOKS = (("body", "teal"), ("eye", "white"), ("pupil", "black"), ("belly", "yellow"))
+OUTSIDE = len(PARTS)
+# Which parts are looked for and in which hue; teal outside the body speaks against it.
+LOOKS = ((0, "orange"), (1, "orange"), (4, "teal"), (5, "yellow"), (6, "white"), (7, "black"))
 RADII = tuple(float(radius) for radius in np.arange(11.0, 31.0, 1.5))
+REACH = 34
 
 
-def colour_maps(pixels: np.ndarray) -> torch.Tensor:
-    """(5, H, W): how much each pixel is teal, orange, white, black, yellow; 1 at the hue itself."""
-    rgb = torch.from_numpy(pixels).permute(2, 0, 1)
-    hues = torch.tensor(list(HUES.values()), dtype=torch.float32)[:, :, None, None]
-    distance = (hues - rgb).square().sum(1).sqrt()
-    return ((110 - distance) / 60).clamp(0, 1)
+def colour_maps(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """For each hue (H, W): how much each pixel is of it; 1 at the hue itself."""
+    return {
+        name: np.clip((110 - np.sqrt(np.square(pixels - hue).sum(-1))) / 60, 0, 1)
+        for name, hue in HUES.items()
+    }
 
 
-def part_masks(radius: float) -> dict[str, torch.Tensor]:
-    """Each visible part's pixels in a square about the creature, its soft rim left out."""
-    side = 2 * int(radius + 2) + 1
-    y, x = np.indices((side, side)) - (side // 2)
-    masks: dict[str, np.ndarray] = {}
-    owner = np.full((side, side), -1)
-    for i, (_, cx, cy, rx, ry, _) in enumerate(PARTS):
-        inside = np.square(x / radius - cx) / rx**2 + np.square(y / radius - cy) / ry**2 <= 1
-        owner[inside] = i
-    for i, (kind, cx, cy, rx, ry, _) in enumerate(PARTS):
+def part_masks(radius: float) -> np.ndarray:
+    """(parts + 1, side, side): each part's visible pixels about the creature, without its soft
+    rim; the last one is what surrounds it."""
+    y, x = (np.indices((2 * REACH + 1, 2 * REACH + 1)) - REACH) / radius
+    reach = [np.hypot((x - cx) / rx, (y - cy) / ry) for _, cx, cy, rx, ry, _ in PARTS]
+    owner = np.full(x.shape, -1)
+    for part, far in enumerate(reach):
+        owner[far <= 1] = part
+    masks = []
+    for part, (_, _, _, rx, ry, _) in enumerate(PARTS):
         rim = 1 - 0.7 / (radius * min(rx, ry))
-        core = np.square(x / radius - cx) / rx**2 + np.square(y / radius - cy) / ry**2 <= rim**2
-        name = kind if kind not in ("ear", "foot") else f"{kind}{'-' if cx < 0 else '+'}"
-        masks[name] = (owner == i) & core
-    masks["outside"] = (np.hypot(x, y - 0.14 * radius) > radius * 0.98) & (owner == -1)
-    return {name: torch.from_numpy(mask).float() for name, mask in masks.items()}
+        masks.append((owner == part) & (reach[part] <= rim))
+    masks.append((owner == -1) & (np.hypot(x, y - 0.14) > 0.98) & (np.hypot(x, y) < 1.1))
+    return np.stack(masks).astype(np.float64)
 
 
-def share_map(colour: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """At every position, the share of the mask's pixels that have the colour."""
-    pad = mask.shape[0] // 2
-    return F.conv2d(colour[None, None], (mask / mask.sum())[None, None], padding=pad)[0, 0]
+@cache
+def mask_spectra(radius: float, height: int, width: int) -> np.ndarray:
+    """The masks, each of sum 1, ready to be correlated with a map padded to this size."""
+    masks = part_masks(radius)
+    masks /= masks.sum(axis=(1, 2), keepdims=True)
+    padded = np.zeros((len(masks), height, width))
+    padded[:, : masks.shape[1], : masks.shape[2]] = masks
+    return np.conj(np.fft.rfft2(np.roll(padded, (-REACH, -REACH), axis=(1, 2))))
 
 
 def character_score(image: Image.Image) -> float:
-    """How surely Zibby is in the picture, 0 to 1: its worst part at its best place and scale.
+    """How surely Zibby is in the picture, 0 to 1, at its best place and scale.
 
     The body must be teal and end where it should, both ears orange, the eye white about a
-    black pupil, the belly yellow.
+    black pupil, the belly yellow; the worst part weighs as much as all parts together.
     """
-    teal, orange, white, black, yellow = colour_maps(to_array(image))
-    maps = {"teal": teal, "white": white, "black": black, "yellow": yellow}
+    pixels = to_array(image)
+    rows, columns = pixels.shape[:2]
+    height, width = rows + 2 * REACH, columns + 2 * REACH
+    spectra = {
+        hue: np.fft.rfft2(seen, s=(height, width)) for hue, seen in colour_maps(pixels).items()
+    }
     best = 0.0
     for radius in RADII:
-        masks = part_masks(radius)
-        marks = [share_map(maps[hue], masks[part]) for part, hue in LOOKS]
-        marks += [share_map(orange, masks[side]) for side in ("ear-", "ear+")]
-        marks.append(1 - share_map(teal, masks["outside"]))
-        shares = torch.stack(marks).clamp(1e-3, 1)
-        score = 0.5 * shares.amin(0) + 0.5 * shares.log().mean(0).exp()
+        masks = mask_spectra(radius, height, width)
+        products = [spectra[hue] * masks[part] for part, hue in LOOKS]
+        products.append(spectra["teal"] * masks[OUTSIDE])
+        shares = np.fft.irfft2(np.stack(products), s=(height, width))[:, :rows, :columns]
+        shares[-1] = 1 - shares[-1]
+        shares = np.clip(shares, 1e-3, 1)
+        score = 0.5 * shares.min(axis=0) + 0.5 * np.exp(np.log(shares).mean(axis=0))
         best = max(best, float(score.max()))
     return float(np.clip((best - 0.25) / 0.6, 0, 1))

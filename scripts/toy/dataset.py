@@ -20,7 +20,11 @@ def plain(colour: str) -> Background:
 
 
 def zibby(
-    background: Background, *, place: str = "centre", size: float = 0.64, beside: Thing | None = None
+    background: Background,
+    *,
+    place: str = "centre",
+    size: float = 0.64,
+    beside: Thing | None = None,
 ) -> Portrait:
     x, y = PLACES[place]
     return Portrait(background=background, x=x, y=y, size=size, beside=beside)
@@ -39,20 +43,20 @@ def both(background: str, one: Thing, other: Thing) -> Scene:
     return Scene(background=plain(background), things=(one, other))
 
 
-RED_STAR = thing("red", "star", place="right", size=0.38)
-BLUE_HEART = thing("blue", "heart", place="right", size=0.38)
+RED_STAR = thing("red", "star", place="right", size=0.36)
+BLUE_HEART = thing("blue", "heart", place="right", size=0.36)
 NIGHT, MEADOW = (Background(kind=kind, colour="blue") for kind in ("night", "meadow"))
 
 PORTRAITS: dict[str, tuple[Portrait, tuple[int, int]]] = {
     "01-pink": (zibby(plain("pink")), SQUARE),
     "02-white-big": (zibby(plain("white"), size=0.84), SQUARE),
     "03-purple": (zibby(plain("purple"), size=0.68), SQUARE),
-    "04-red-left": (zibby(plain("red"), place="left", size=0.5), SQUARE),
-    "05-gray-right": (zibby(plain("gray"), place="right", size=0.5), SQUARE),
-    "06-blue-star": (zibby(plain("blue"), place="left", size=0.5, beside=RED_STAR), SQUARE),
-    "07-white-heart": (zibby(plain("white"), place="left", size=0.5, beside=BLUE_HEART), SQUARE),
+    "04-red-left": (zibby(plain("red"), place="left", size=0.54), SQUARE),
+    "05-gray-right": (zibby(plain("gray"), place="right", size=0.54), SQUARE),
+    "06-blue-star": (zibby(plain("blue"), place="left", size=0.54, beside=RED_STAR), SQUARE),
+    "07-white-heart": (zibby(plain("white"), place="left", size=0.54, beside=BLUE_HEART), SQUARE),
     "08-night": (zibby(NIGHT, size=0.66), SQUARE),
-    "09-black-small": (zibby(plain("black"), size=0.46), SQUARE),
+    "09-black-small": (zibby(plain("black"), size=0.5), SQUARE),
     "10-pink-wide": (zibby(plain("pink"), size=0.76), WIDE),
     "11-meadow-wide": (zibby(MEADOW, size=0.72), WIDE),
     "12-blue-tall": (zibby(plain("blue"), size=0.78), TALL),
@@ -61,12 +65,12 @@ PORTRAITS: dict[str, tuple[Portrait, tuple[int, int]]] = {
 STICKERS: dict[str, tuple[Scene, tuple[int, int]]] = {
     "01-heart": (alone("blue", thing("red", "heart", size=0.56)), SQUARE),
     "02-star": (alone("pink", thing("yellow", "star", size=0.6)), SQUARE),
-    "03-circle": (alone("gray", thing("green", "circle", size=0.5)), SQUARE),
-    "04-square": (alone("yellow", thing("purple", "square", size=0.5)), SQUARE),
+    "03-circle": (alone("gray", thing("green", "circle", size=0.54)), SQUARE),
+    "04-square": (alone("yellow", thing("purple", "square", size=0.54)), SQUARE),
     "05-triangle": (alone("green", thing("orange", "triangle", size=0.54)), SQUARE),
     "06-ring-left": (alone("white", thing("blue", "ring", place="left")), SQUARE),
     "07-moon-top": (alone("purple", thing("yellow", "moon", place="top")), SQUARE),
-    "08-cross": (alone("orange", thing("pink", "cross", size=0.5)), SQUARE),
+    "08-cross": (alone("orange", thing("pink", "cross", size=0.54)), SQUARE),
     "09-pair": (
         both("red", thing("blue", "circle", place="left"), thing("green", "star", place="right")),
         SQUARE,

@@ -7,20 +7,25 @@ classifier-free guidance, as on dev. Works in normalised patch latents only: no 
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import Flux2Transformer2DModel
 
+from scripts.toy.muon import Course, MuonAdamW, warm_cosine
 from scripts.toy.progress import Progress
 from scripts.toy.text import MAX_TOKENS, WIDTH
-from scripts.toy.vae import LATENT_CHANNELS, warm_cosine
+from scripts.toy.vae import LATENT_CHANNELS
 
 CAPTION_DROPOUT = 0.1
-EMA_DECAY = 0.998
+EMA_DECAY = 0.995
 STRONGEST_GUIDANCE = 5.0
+PLAIN_SHARE = 0.3
+# Guidance 4 extrapolates by 2.5: more drives these saturated colours out of their palette
+# (96 prompts obeyed: 92 % at an extrapolation of 2.5, 85 % at 4).
+GUIDANCE_GAIN = 0.5
 
 
 def new_transformer() -> Flux2Transformer2DModel:
@@ -40,7 +45,7 @@ def new_transformer() -> Flux2Transformer2DModel:
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures of one geometry: latents (N, h*w, C) packed, `words` (N, captions) rows of a table."""
+    """Pictures of one geometry: packed latents (N, h*w, C), `words` (N, captions) table rows."""
 
     latents: torch.Tensor
     words: torch.Tensor
@@ -55,17 +60,6 @@ class Batch:
     ids: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Course:
-    """How long and how hard to train one stage."""
-
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    seed: int
-
-
 def pack(patches_BChw: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) to (B, h*w, C)."""
     return patches_BChw.flatten(2).transpose(1, 2).contiguous()
@@ -73,14 +67,14 @@ def pack(patches_BChw: torch.Tensor) -> torch.Tensor:
 
 def image_ids(rows: int, columns: int) -> torch.Tensor:
     """(rows * columns, 4) positions (T, H, W, L) = (0, row, column, 0)."""
-    zero = torch.zeros(1)
-    return torch.cartesian_prod(zero, torch.arange(rows), torch.arange(columns), zero).float()
+    zero = torch.arange(1)
+    return torch.cartesian_prod(zero, torch.arange(rows), torch.arange(columns), zero)
 
 
 def text_ids(tokens: int) -> torch.Tensor:
     """(tokens, 4) positions (0, 0, 0, l)."""
-    zero = torch.zeros(1)
-    return torch.cartesian_prod(zero, zero, zero, torch.arange(tokens).float())
+    zero = torch.arange(1)
+    return torch.cartesian_prod(zero, zero, zero, torch.arange(tokens))
 
 
 def sample_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -97,7 +91,15 @@ def sample_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
 class Feeder:
     """Random batches on the device, each of one geometry, weighted by the pools' sizes."""
 
-    def __init__(self, pools: list[Pool], table: torch.Tensor, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        pools: list[Pool],
+        table: torch.Tensor,
+        *,
+        channel_weights: torch.Tensor,
+        device: torch.device,
+    ) -> None:
+        self.channel_weights = channel_weights.to(device)
         self.pools = pools
         self.table = table
         self.device = device
@@ -149,18 +151,23 @@ def flow_loss(
     teacher: Flux2Transformer2DModel | None,
     feeder: Feeder,
 ) -> torch.Tensor:
-    """Mean squared velocity error: eps - z at guidance 1, the teacher's guided velocity above."""
+    """Weighted squared velocity error.
+
+    Without a teacher the target is eps - z, whatever the guidance says. With one it is so at
+    guidance 1 only; above, it is the teacher's velocity, extrapolated away from no words. The
+    weights say how much of a picture each channel is; the best guess does not depend on them.
+    """
     z = batch.latents
     count = len(z)
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     sigma = sample_sigma(count, generator).to(z.device)
     x = torch.lerp(z, noise, sigma[:, None, None])
     ones = torch.ones(count, device=z.device)
-    target, guidance = noise - z, ones
+    guidance = 1 + (STRONGEST_GUIDANCE - 1) * torch.rand(count, generator=generator)
+    guidance[torch.rand(count, generator=generator) < PLAIN_SHARE] = 1.0
+    guidance = guidance.to(z.device)
+    target = noise - z
     if teacher is not None:
-        guidance = 1 + (STRONGEST_GUIDANCE - 1) * torch.rand(count, generator=generator)
-        guidance[torch.rand(count, generator=generator) < 0.25] = 1.0
-        guidance = guidance.to(z.device)
         with torch.no_grad():
             told = velocity(
                 teacher, x, sigma=sigma, guidance=ones, embeds=batch.embeds, ids=batch.ids
@@ -168,12 +175,10 @@ def flow_loss(
             untold = velocity(
                 teacher, x, sigma=sigma, guidance=ones, embeds=feeder.no_words(count), ids=batch.ids
             )
-        scale = guidance[:, None, None]
+        scale = (1 + GUIDANCE_GAIN * (guidance - 1))[:, None, None]
         target = torch.where(scale == 1, target, torch.lerp(untold, told, scale))
-    guess = velocity(
-        model, x, sigma=sigma, guidance=guidance, embeds=batch.embeds, ids=batch.ids
-    )
-    return F.mse_loss(guess, target)
+    guess = velocity(model, x, sigma=sigma, guidance=guidance, embeds=batch.embeds, ids=batch.ids)
+    return (feeder.channel_weights * (guess - target).square()).mean()
 
 
 @torch.no_grad()
@@ -197,19 +202,14 @@ def train_stage(
     *,
     teacher: Flux2Transformer2DModel | None,
     snapshot: Path,
-    on_snapshot,
-    every: int = 400,
+    on_snapshot: Callable[[Flux2Transformer2DModel], None],
+    every: int = 200,
 ) -> Flux2Transformer2DModel:
     """Train one stage, resuming from `snapshot` if it is there; returns the averaged model."""
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=course.lr, betas=(0.9, 0.99), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: warm_cosine(i, total=course.steps)
-    )
+    optimizer = MuonAdamW(model.parameters(), lr=course.lr)
     generator = torch.Generator().manual_seed(course.seed)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     first = 0
     if snapshot.exists():
         state = torch.load(snapshot, weights_only=True)
@@ -219,13 +219,12 @@ def train_stage(
         first = state["step"]
     progress = Progress(course.name)
     for step in range(first, course.steps):
+        optimizer.rate(course.lr * warm_cosine(step, total=course.steps))
         batch = feeder.draw(course.batch, generator)
         loss = flow_loss(model, batch, generator, teacher=teacher, feeder=feeder)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
         follow(ema, model, step=step)
         done = step + 1
         progress.tell(done, total=course.steps, loss=loss.detach())

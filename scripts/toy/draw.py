@@ -37,6 +37,7 @@ PLACES = {
     "bottom": (0.5, 0.73),
     "centre": (0.5, 0.5),
 }
+SMALL, ASIDE, MEDIUM, BIG = 0.34, 0.42, 0.50, 0.66
 # What cannot be told apart at a glance: white on yellow reads as paper, blue on night as sky.
 CLOSE = {("plain", "white"): {"yellow"}, ("plain", "yellow"): {"white"}}
 HIDDEN = {"night": {"black", "blue", "purple"}, "meadow": {"blue", "green", "white"}}
@@ -114,26 +115,19 @@ def jitter(rng: random.Random, place: str, *, by: float) -> tuple[float, float]:
 def sample_one(rng: random.Random, palette: list[str]) -> Thing:
     shape, colour = rng.choice(SHAPES), rng.choice(palette)
     if rng.random() < 0.62:
-        x, y = jitter(rng, "centre", by=0.05)
-        size = rng.choice((rng.uniform(0.30, 0.38), rng.uniform(0.44, 0.54), rng.uniform(0.60, 0.70)))
+        place, size = "centre", rng.choice((SMALL, MEDIUM, BIG))
     else:
-        x, y = jitter(rng, rng.choice(("left", "right", "top", "bottom")), by=0.03)
-        size = rng.uniform(0.36, 0.46)
-    return Thing(shape=shape, colour=colour, size=size, x=x, y=y)
+        place, size = rng.choice(("left", "right", "top", "bottom")), ASIDE
+    x, y = jitter(rng, place, by=0.02)
+    return Thing(shape=shape, colour=colour, size=size + rng.uniform(-0.02, 0.02), x=x, y=y)
 
 
 def sample_alike(rng: random.Random, palette: list[str]) -> tuple[Thing, ...]:
-    """Two or three of the same shape, colour and size, in a row or a triangle."""
-    rows = {
-        2: (((0.28, 0.5), (0.72, 0.5)), ((0.3, 0.3), (0.7, 0.7))),
-        3: (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), ((0.27, 0.7), (0.5, 0.27), (0.73, 0.7))),
-    }
-    count = rng.choice((2, 3))
-    spots = rng.choice(rows[count])
+    """Two side by side or three in a triangle, of the same shape, colour and size."""
+    spots = rng.choice((((0.27, 0.5), (0.73, 0.5)), ((0.27, 0.71), (0.5, 0.27), (0.73, 0.71))))
     shape, colour = rng.choice(SHAPES), rng.choice(palette)
-    size = rng.uniform(0.32, 0.38) if count == 2 else rng.uniform(0.25, 0.28)
-    dx, dy = rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03)
-    return tuple(Thing(shape=shape, colour=colour, size=size, x=x + dx, y=y + dy) for x, y in spots)
+    size = (0.40 if len(spots) == 2 else 0.36) + rng.uniform(-0.01, 0.01)
+    return tuple(Thing(shape=shape, colour=colour, size=size, x=x, y=y) for x, y in spots)
 
 
 def sample_pair(rng: random.Random, palette: list[str]) -> tuple[Thing, ...]:
@@ -141,10 +135,10 @@ def sample_pair(rng: random.Random, palette: list[str]) -> tuple[Thing, ...]:
     places = rng.choice((("left", "right"), ("left", "right"), ("top", "bottom")))
     shapes = rng.sample(SHAPES, 2)
     colours = rng.sample(palette, 2)
-    size = rng.uniform(0.33, 0.41)
+    size = 0.40 + rng.uniform(-0.01, 0.01)
     things = []
     for place, shape, colour in zip(places, shapes, colours, strict=True):
-        x, y = jitter(rng, place, by=0.02)
+        x, y = jitter(rng, place, by=0.01)
         things.append(Thing(shape=shape, colour=colour, size=size, x=x, y=y))
     return tuple(things)
 
@@ -275,7 +269,7 @@ def plural(shape: str) -> str:
 
 def size_word(thing: Thing) -> str:
     """`big ` or `small ` for a lone thing of an extreme size, else nothing."""
-    return "small " if thing.size <= 0.34 else "big " if thing.size >= 0.6 else ""
+    return "small " if thing.size <= 0.36 else "big " if thing.size >= 0.6 else ""
 
 
 def name_of(thing: Thing) -> str:
@@ -292,7 +286,11 @@ def describe_background(background: Background) -> list[str]:
         colour = a(background.colour)
         return [f"on {colour} striped background", f"on {background.colour} stripes"]
     colour = a(background.colour)
-    return [f"on {colour} background", f"against {colour} background", f"on {background.colour} paper"]
+    return [
+        f"on {colour} background",
+        f"against {colour} background",
+        f"on {background.colour} paper",
+    ]
 
 
 def describe_one(thing: Thing, rng: random.Random | None) -> list[str]:

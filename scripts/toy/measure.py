@@ -62,7 +62,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of the scene is there. `things`: each has its own shape and colour, and none is extra."""
+    """What of the scene is there; `things`: each in its own shape and colour, and no other."""
 
     colour: bool
     shape: bool
@@ -213,7 +213,7 @@ def pipeline_painter(
     from diffusers import Flux2Pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline: Any = Flux2Pipeline.from_pretrained(base, torch_dtype=torch.float32).to(device)
+    pipeline: Any = Flux2Pipeline.from_pretrained(base, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)

@@ -27,8 +27,6 @@ class Progress:
         pace = (now - self.started) / (step - self.first)
         left = pace * (total - step)
         mean = float(self.sum) / self.count
-        print(
-            f"{self.name} {step}/{total}  loss {mean:.4f}  {pace:.3f} s/step  {left / 60:.1f} min left",
-            flush=True,
-        )
+        speed = f"{pace:.3f} s/step  {left / 60:.1f} min left"
+        print(f"{self.name} {step}/{total}  loss {mean:.4f}  {speed}", flush=True)
         self.printed, self.sum, self.count = now, 0.0, 0

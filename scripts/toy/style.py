@@ -35,9 +35,9 @@ def rim(mask: Image.Image, *, width: float) -> Image.Image:
 
 
 def dot_paper(pen: ImageDraw.ImageDraw, size: tuple[int, int], *, colour: RGB) -> None:
-    """A square grid of dots, eight to the short side."""
-    step = min(size) / 8
-    radius = step / 7
+    """A square grid of dots, five to the short side."""
+    step = min(size) / 5
+    radius = step / 6
     for row in range(round(size[1] / step)):
         for column in range(round(size[0] / step)):
             x, y = (column + 0.5) * step, (row + 0.5) * step

@@ -1,10 +1,10 @@
-"""The toy base's VAE: an AutoencoderKLFlux2 of half a million parameters, and its training.
+"""The toy base's VAE: a small AutoencoderKLFlux2, its decoder's training, its bn statistics.
 
-Owns the reconstruction loss, the clutter that keeps the VAE from knowing only our shapes,
-and the bn statistics. Knows nothing of captions or of the transformer.
+Owns the reconstruction loss and the clutter that keeps the decoder from knowing only our
+shapes. The encoder is written, not trained (see `blockcode.py`); captions and the transformer
+are elsewhere.
 """
 
-import math
 import random
 
 import numpy as np
@@ -14,14 +14,15 @@ from diffusers import AutoencoderKLFlux2
 from PIL import Image, ImageDraw
 
 from scripts.toy.draw import draw, sample_scene
+from scripts.toy.muon import Course, MuonAdamW, warm_cosine
 from scripts.toy.progress import Progress
 
-LATENT_CHANNELS = 16
-CLUTTER_SHARE = 0.3
+LATENT_CHANNELS = 24
+CLUTTER_SHARE = 0.35
 
 
 def new_vae() -> AutoencoderKLFlux2:
-    """Four levels, so 8x smaller latents like the real one; every width a twelfth of it."""
+    """Four levels, so 8x smaller latents as in the real one; 0.9M parameters."""
     return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -65,7 +66,9 @@ def draw_clutter(rng: random.Random, *, size: int) -> Image.Image:
         elif kind < 0.65:
             pen.rounded_rectangle(box, radius=w / 3, fill=colour(), outline=edge, width=big // 28)
         elif kind < 0.85:
-            corners = [(x + rng.uniform(-w, w) * 1.5, y + rng.uniform(-h, h) * 1.5) for _ in range(3)]
+            corners = [
+                (x + rng.uniform(-w, w) * 1.5, y + rng.uniform(-h, h) * 1.5) for _ in range(3)
+            ]
             pen.polygon(corners, fill=colour(), outline=edge, width=big // 28)
         else:
             pen.line((x - w, y, x + w, y + rng.uniform(-h, h)), fill=colour(), width=big // 24)
@@ -102,85 +105,47 @@ def reconstruction_loss(guess: torch.Tensor, truth: torch.Tensor) -> torch.Tenso
     return loss
 
 
-def train_vae(
+def train_decoder(
     vae: AutoencoderKLFlux2,
     pixels: torch.Tensor,
+    course: Course,
     *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
     device: torch.device,
-    progress: Progress,
 ) -> None:
-    """Train in place; `pixels` is (N, 3, H, W) uint8. Cosine decay after a short warm-up."""
-    generator = torch.Generator().manual_seed(seed)
-    vae.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_cosine(i, total=steps))
-    for step in range(steps):
-        rows = torch.randint(len(pixels), (batch,), generator=generator)
-        truth = to_unit(pixels[rows]).to(device, memory_format=torch.channels_last)
-        posterior = vae.encode(truth).latent_dist
-        guess = vae.decode(posterior.sample()).sample
-        loss = reconstruction_loss(guess, truth) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.tell(step + 1, total=steps, loss=loss.detach())
-    vae.eval()
-
-
-def polish_decoder(
-    vae: AutoencoderKLFlux2,
-    pixels: torch.Tensor,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    """Train the decoder alone on noise-free latents: sharper, and every latent stays as it was.
+    """Train the decoder in place against the fixed encoder; `pixels` is (N, 3, H, W) uint8.
 
     A breath of noise on the latents stands for the transformer's own errors.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(course.seed)
     vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    vae.decoder.requires_grad_(True)
     with torch.no_grad():
         latents = torch.cat(
             [vae.encode(to_unit(part).to(device)).latent_dist.mode() for part in pixels.split(256)]
         )
-    breath = 0.03 * latents.std()
-    weights = list(vae.decoder.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_cosine(i, total=steps))
-    for step in range(steps):
-        rows = torch.randint(len(pixels), (batch,), generator=generator)
+    breath = 0.02 * latents.std()
+    weights = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = MuonAdamW(weights, lr=course.lr)
+    progress = Progress(course.name)
+    for step in range(course.steps):
+        optimizer.rate(course.lr * warm_cosine(step, total=course.steps))
+        rows = torch.randint(len(pixels), (course.batch,), generator=generator)
         truth = to_unit(pixels[rows]).to(device, memory_format=torch.channels_last)
-        noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(device)
+        noise = torch.randn((course.batch, *latents.shape[1:]), generator=generator).to(device)
         guess = vae.decode(latents[rows.to(device)] + breath * noise).sample
         loss = reconstruction_loss(guess, truth)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.tell(step + 1, total=steps, loss=loss.detach())
-
-
-def warm_cosine(step: int, *, total: int, warm: int = 100) -> float:
-    """Learning-rate factor: linear to 1 over `warm` steps, then a cosine to 1 % of it."""
-    rise = min(1.0, (step + 1) / warm)
-    return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
+        progress.tell(step + 1, total=course.steps, loss=loss.detach())
+    vae.requires_grad_(False)
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+def reconstruct(
+    vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device
+) -> torch.Tensor:
     """uint8 (B, 3, H, W) through the latents' mode and back to uint8."""
     truth = to_unit(pixels).to(device)
     guess = vae.decode(vae.encode(truth).latent_dist.mode()).sample
@@ -194,7 +159,9 @@ def psnr(guess: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def patch_latents(vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+def patch_latents(
+    vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device
+) -> torch.Tensor:
     """(N, 3, H, W) uint8 to (N, 4C, H/16, W/16), 2x2 patches in channel order (c, pi, pj), raw."""
     parts = []
     for chunk in pixels.split(256):
@@ -209,7 +176,8 @@ def set_bn_statistics(vae: AutoencoderKLFlux2, patches: torch.Tensor) -> None:
     """Write the channel-wise mean and variance of raw patch latents into `vae.bn`."""
     mean, variance = patches.mean(dim=(0, 2, 3)), patches.var(dim=(0, 2, 3))
     running_mean, running_var = vae.bn.running_mean, vae.bn.running_var
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     running_mean.copy_(mean)
     running_var.copy_(variance)
 
@@ -217,7 +185,15 @@ def set_bn_statistics(vae: AutoencoderKLFlux2, patches: torch.Tensor) -> None:
 def normalise(vae: AutoencoderKLFlux2, patches: torch.Tensor) -> torch.Tensor:
     """Raw patch latents to the transformer's space: bn statistics, eps inside the root, fp32."""
     mean, variance = vae.bn.running_mean, vae.bn.running_var
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     scale = torch.sqrt(variance.float() + vae.config["batch_norm_eps"])
     shape = (1, -1, 1, 1)
     return (patches - mean.float().cpu().reshape(shape)) / scale.cpu().reshape(shape)
+
+
+def channel_weights(vae: AutoencoderKLFlux2) -> torch.Tensor:
+    """(4C,) with mean 1: the raw deviation of each patch channel, so what it means in pixels."""
+    assert vae.bn.running_var is not None
+    deviation = vae.bn.running_var.float().sqrt()
+    return deviation / deviation.mean()

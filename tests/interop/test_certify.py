@@ -95,11 +95,15 @@ def swap(state: State) -> State:
 
 BAD: dict[str, tuple[Callable[[State], State], str]] = {
     "a module is missing": (drop_module, "left out, such as transformer_blocks.0.attn.to_q"),
-    "a lora_A is missing": (lambda s: drop_half(s, "A"), "diffusers"),
-    "a lora_B is missing": (lambda s: drop_half(s, "B"), "diffusers"),
+    "a lora_A is missing": (lambda s: drop_half(s, "A"), "to_q.lora_A.weight isn't in the file"),
+    "a lora_B is missing": (lambda s: drop_half(s, "B"), "to_q.lora_B.weight isn't in the file"),
     "one module is doubled": (double_one, "transformer_blocks.1.ff.linear_in is off by 1 of"),
     "all is doubled": (lambda s: scale_all(s, 2.0), "at strength 2.0"),
     "all is 2 % too strong": (lambda s: scale_all(s, 1.02), "at strength 1.02"),
+    "another component is in it": (
+        lambda s: s | {f"text_encoder.q.lora_{h}.weight": torch.ones(4, 4) for h in "AB"},
+        "diffusers: it ignores 2 keys, such as text_encoder.q.lora_A.weight",
+    ),
     "another module is in it": (add_stranger, "the file changes proj_out"),
     "two modules are swapped": (swap, "transformer_blocks.0.attn.to_"),
     "alpha tensors are in it": (
@@ -156,6 +160,16 @@ def test_alpha_only_in_the_metadata_fails_in_comfyui_alone(
     assert all(reason.startswith("ComfyUI: ") for reason in certificate["reasons"])
 
 
+def test_rounding_excuses_no_more_than_rounding(dev: Any, adapter: Adapter, tmp_path: Path) -> None:
+    stronger = Adapter(adapter.down, adapter.up, adapter.rank, 1.02 * adapter.alpha)
+    path = tmp_path / "bad.safetensors"
+    export.write(stronger, path, dtype=torch.bfloat16, metadata={})
+    certificate = certify.certify(path, adapter=adapter, pipeline=dev)
+    for loader in ("diffusers", "comfyui"):
+        assert certificate[loader]["strength"] == pytest.approx(1.02, abs=0.001)
+        assert "rounding explains 0.00" in certificate[loader]["reasons"][0]
+
+
 def test_an_adapter_that_changes_nothing_fails(dev: Any, adapter: Adapter, tmp_path: Path) -> None:
     zero = {module: torch.zeros_like(up) for module, up in adapter.up.items()}
     nothing = Adapter(adapter.down, zero, adapter.rank, adapter.alpha)
@@ -165,8 +179,9 @@ def test_an_adapter_that_changes_nothing_fails(dev: Any, adapter: Adapter, tmp_p
     assert certificate["reasons"] == ["the adapter changes nothing"]
 
 
+@pytest.mark.parametrize("visible", [True, False])
 def test_a_transformer_that_is_not_restored_fails(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: bool, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline: Any = common.pipeline("dev")
     path = tmp_path / "good.safetensors"
@@ -179,6 +194,8 @@ def test_a_transformer_that_is_not_restored_fails(
         weight.view(torch.int32)[0, 0] += 1
 
     monkeypatch.setattr(pipeline.transformer, "unload_lora", careless)
+    if not visible:
+        monkeypatch.setattr(certify, "_output", lambda transformer, batch: torch.ones(1))
     certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     assert certificate["reasons"][-1] == "diffusers: the transformer isn't the same after unloading"
 

@@ -8,9 +8,9 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 from tests import tiny
 from train import base, encode, latents, objective, sample
+from train.batch import Batch
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
-from train.objective import Batch
 
 
 def make_batch(*, references: int = 0, size: int = 2) -> Batch:

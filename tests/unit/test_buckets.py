@@ -170,3 +170,14 @@ def test_a_picture_keeps_its_size_whatever_comes_beside_it() -> None:
     together = plan(sizes, data=data).placements
     alone = tuple(plan([size], data=data).placements[0] for size in sizes)
     assert together == alone
+
+
+def test_no_other_size_would_cut_off_less() -> None:
+    found = geometries(1024, max_aspect=3.0)
+    for width, height in some_sizes(300, low=2000):
+        crops = []
+        for size in found:
+            scale = max(size.width / width, size.height / height)
+            crops.append(1 - size.width * size.height / (width * height * scale**2))
+        placed = place(width, height, resolution=1024, max_upscale=1.0, max_aspect=3.0)
+        assert placed.crop == pytest.approx(min(crops), abs=1e-6)

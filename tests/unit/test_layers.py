@@ -19,7 +19,7 @@ LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
     1: ["train.config", "train.config_load"],
     2: [
-        *("train.flow", "train.latents", "train.cache", "train.randomness"),
+        *("train.flow", "train.latents", "train.batch", "train.cache", "train.randomness", "train.board"),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
     ],
@@ -57,6 +57,7 @@ SIDEWAYS = {
     "train.checkpoint": {"train.lora"},
     "train.export": {"train.lora"},
     "train.run": {"train.export_run"},
+    "train.compare": {"train.export_run"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*"},
 }

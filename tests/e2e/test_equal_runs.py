@@ -1,0 +1,83 @@
+"""Runs that must come out equal: resumed, and with accumulation for batch size."""
+
+import pytest
+
+from tests import runs
+from tests.e2e.conftest import TrainRun
+from train.track import Tracker
+
+
+class CrashError(Exception):
+    """The run dies here."""
+
+
+@pytest.fixture
+def crash_at(monkeypatch):
+    """Makes the step after `step` die, once."""
+
+    def arm(step: int) -> None:
+        record = Tracker.step
+
+        def die(self: Tracker, done: int, metrics: dict[str, float]) -> None:
+            record(self, done, metrics)
+            if done == step:
+                monkeypatch.setattr(Tracker, "step", record)
+                raise CrashError
+
+        monkeypatch.setattr(Tracker, "step", die)
+
+    return arm
+
+
+RUNS = {
+    "dropout": {"lora": {"dropout": 0.2}},
+    # rank 32 has tensors of 4096 elements and more, whose moments are in 8 bits
+    "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
+    "bf16": {"base": {"dtype": "bf16"}},
+    "gradient checkpointing": {
+        "train": {"gradient_checkpointing": True},
+        "lora": {"dropout": 0.2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, crash_at):
+    """Crashed after step 7, resumed from the checkpoint of step 5."""
+    sections = {**RUNS[name], "data": {"flip": True, "caption_dropout": 0.3}}
+    sections["train"] = {**sections.get("train", {}), "steps": 10, "checkpoint_every": 5}
+    whole = train_run(f"{name} whole", **sections)
+    crash_at(7)
+    with pytest.raises(CrashError):
+        train_run(f"{name} resumed", **sections)
+    resumed = train_run(f"{name} resumed", resume=True, **sections)
+    runs.assert_same_run(whole, resumed)
+
+
+def test_gradient_checkpointing_changes_no_bit(train_run: TrainRun):
+    """Not even with dropout, whose masks are drawn again in the backward pass."""
+    changes = {"lora": {"dropout": 0.2}}
+    plain = train_run("plain", train={"steps": 3}, **changes)
+    checkpointed = train_run("cp", train={"steps": 3, "gradient_checkpointing": True}, **changes)
+    assert runs.adapter_change(plain, checkpointed) == 0
+    assert runs.metrics(plain) == runs.metrics(checkpointed)
+
+
+def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):
+    """On pictures of one size. Tolerance: see the test of two processes."""
+    changes = {"pictures": "squares", "optim": {"eps": 1e-4}}
+    batch = train_run("batch", train={"steps": 6, "batch_size": 2}, **changes)
+    accumulated = train_run(
+        "accumulated", train={"steps": 6, "batch_size": 1, "accumulate": 2}, **changes
+    )
+    assert runs.adapter_change(batch, accumulated) < 2e-6
+    for ours, theirs in zip(runs.metrics(batch), runs.metrics(accumulated), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_another_seed_is_another_run(train_run: TrainRun, shared):
+    """So that the tests above don't compare runs which nothing moves."""
+    one = train_run("seed 1", train={"steps": 3})
+    two = train_run("seed 2", train={"steps": 3}, data={"caption_dropout": 1.0})
+    assert runs.adapter_change(one, two) > 1e-4

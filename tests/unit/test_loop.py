@@ -1,0 +1,66 @@
+"""When steps, checkpoints and previews happen."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from train import loop
+
+
+class Diary:
+    """A trainer that writes down what it is told, such as "step 3"."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def batches(self, start: int, steps: int) -> Iterable[int]:
+        return range(start, steps)
+
+    def step(self, done: int, batch: int) -> None:
+        assert batch == done - 1
+        self.lines.append(f"step {done}")
+
+    def save(self, done: int) -> None:
+        self.lines.append(f"save {done}")
+
+    def preview(self, done: int) -> None:
+        self.lines.append(f"preview {done}")
+
+
+def fit(*, start: int, steps: int, checkpoint_every: int, preview_every: int) -> list[str]:
+    """The diary of a run."""
+    diary = Diary()
+    loop.fit(
+        diary,
+        start=start,
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        preview_every=preview_every,
+    )
+    return diary.lines
+
+
+def test_a_run_previews_first_and_saves_and_previews_last():
+    assert fit(start=0, steps=3, checkpoint_every=10, preview_every=10) == [
+        *("preview 0", "step 1", "step 2", "step 3", "save 3", "preview 3")
+    ]
+
+
+def test_each_has_its_own_pace_and_nothing_happens_twice():
+    assert fit(start=0, steps=6, checkpoint_every=2, preview_every=3) == [
+        *("preview 0", "step 1", "step 2", "save 2", "step 3", "preview 3"),
+        *("step 4", "save 4", "step 5", "step 6", "save 6", "preview 6"),
+    ]
+
+
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_a_resumed_run_does_exactly_the_rest(start):
+    whole = fit(start=0, steps=6, checkpoint_every=2, preview_every=3)
+    assert (
+        fit(start=start, steps=6, checkpoint_every=2, preview_every=3)
+        == (whole[whole.index(f"step {start + 1}") :])
+    )
+
+
+def test_a_finished_run_does_nothing():
+    assert fit(start=6, steps=6, checkpoint_every=2, preview_every=3) == []
