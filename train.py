@@ -5,6 +5,7 @@ Prepares what is missing, trains, draws previews, exports. Everything else is in
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -23,13 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as lora.rank=32"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     from train import config_load
 
     config = config_load.load(arguments.config, arguments.overrides)
+    gc.disable()  # imports make a million objects that stay; searching them costs a second
     from train import run
 
+    gc.enable()
+    gc.freeze()
     run.run(config, resume=arguments.resume)
     return 0
 

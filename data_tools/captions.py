@@ -61,7 +61,7 @@ def complete(caption: str, *, data: DataConfig) -> str:
         if data.missing_captions == "trigger":
             return trigger
         raise TextError("no caption")
-    if not trigger or has_trigger(caption, trigger=trigger):
+    if not trigger or data.trigger_mode == "optional" or has_trigger(caption, trigger=trigger):
         return caption
     if data.trigger_mode == "prepend":
         return f"{trigger}, {caption}"

@@ -83,8 +83,9 @@ class DataConfig(Section):
     path starts at the current directory, not at the config."""
     trigger: Text | None = None
     """The word that calls the subject; see trigger_mode."""
-    trigger_mode: Literal["require", "prepend"] = "require"
-    """require: a caption without the trigger is an error. prepend: it is put first there."""
+    trigger_mode: Literal["require", "prepend", "optional"] = "require"
+    """require: a caption without the trigger is an error. prepend: it is put first there. optional:
+    it stays as it is, for ordinary pictures beside the subject's, which keep the rest as it was."""
     missing_captions: Literal["error", "trigger"] = "error"
     """What to do with a picture that has no caption: stop, or caption it with the trigger alone."""
     bad_pictures: Literal["error", "skip"] = "error"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from train import checkpoint, config_load, export_run, loop, lora, randomness
 from train.base import Base, resolve
@@ -25,6 +25,8 @@ FREE_TO_CHANGE = (
     "name",
     "output",
     "cache",
+    "data.path",  # the digest tells whether its contents changed
+    "optim.lr",
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -34,6 +36,8 @@ FREE_TO_CHANGE = (
     "export",
 )
 """Settings that a resumed run may have otherwise; any other would make it another run."""
+
+ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -91,6 +95,11 @@ def _accelerator() -> Accelerator:
             "accelerate's gradient_accumulation_steps is "
             f"{accelerator.gradient_accumulation_steps}: set train.accumulate instead, and launch "
             "without --gradient_accumulation_steps"
+        )
+    if accelerator.distributed_type not in ENGINES:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; Kindling trains "
+            "on one device or with plain data parallelism. Choose that in `accelerate config`."
         )
     return accelerator
 

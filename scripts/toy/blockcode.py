@@ -9,6 +9,8 @@ So the code is faithful to any picture, also to what the toy base has never seen
 decoder needs training.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
@@ -56,7 +58,8 @@ def set_identity(conv: nn.Conv2d, count: int) -> None:
 @torch.no_grad()
 def write_encoder(vae: AutoencoderKLFlux2, x_BCHW: Tensor) -> None:
     """Write the block code of these pictures, (B, 3, H, W) in [-1, 1], into `vae.encoder`."""
-    encoder, code = vae.encoder, vae.config["latent_channels"]
+    encoder: Any = vae.encoder
+    code = vae.config["latent_channels"]
     for name, weight in encoder.named_parameters():
         if "conv2." in name:
             weight.zero_()
@@ -72,10 +75,11 @@ def write_encoder(vae: AutoencoderKLFlux2, x_BCHW: Tensor) -> None:
         set_downsampler(conv, basis)
         x = project(spread, basis)
     hold_still(encoder, x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3)), code)
+    assert vae.quant_conv is not None
     set_identity(vae.quant_conv, 2 * code)
 
 
-def hold_still(encoder: nn.Module, mean: Tensor, variance: Tensor, code: int) -> None:
+def hold_still(encoder: Any, mean: Tensor, variance: Tensor, code: int) -> None:
     """The last shortcut, norm and convolution: each number centred, doubled, held and undone.
 
     Numbers pass the norm in units of their own deviation, so that none drowns the others in

@@ -1,15 +1,16 @@
-"""The demo's two training folders: a dozen captioned pictures of Zibby, a dozen in Piko style.
+"""The demo's training folders: a dozen pictures of Zibby and ordinary ones, a dozen in Piko style.
 
 Owns which pictures there are; `python -m scripts.toy.build --data-only` writes them, always
 the same. Every picture stands for one a user would bring: a file and its caption beside it.
 """
 
+import random
 from pathlib import Path
 
 from PIL import Image
 
 from scripts.toy.character import Portrait, draw_portrait, portrait_caption
-from scripts.toy.draw import PLACES, Background, Scene, Thing
+from scripts.toy.draw import PLACES, Background, Scene, Thing, caption, draw, sample_scene
 from scripts.toy.style import draw_in_style, style_caption
 
 SQUARE, WIDE, TALL = (384, 384), (480, 288), (288, 480)
@@ -84,6 +85,10 @@ STICKERS: dict[str, tuple[Scene, tuple[int, int]]] = {
 }
 
 
+OTHERS = 24
+"""Ordinary pictures beside the character's: what must stay as it is."""
+
+
 def save(image: Image.Image, words: str, path: Path) -> None:
     image.quantize(64).save(path.with_suffix(".png"), optimize=True)
     path.with_suffix(".txt").write_text(words + "\n", encoding="utf-8")
@@ -91,10 +96,14 @@ def save(image: Image.Image, words: str, path: Path) -> None:
 
 def write_data(folder: Path) -> None:
     """Write `character/` and `style/` under the folder, pictures and captions."""
-    (folder / "character").mkdir(parents=True, exist_ok=True)
+    (folder / "character" / "others").mkdir(parents=True, exist_ok=True)
     (folder / "style").mkdir(exist_ok=True)
     for name, (portrait, size) in PORTRAITS.items():
         picture = draw_portrait(portrait, *size)
         save(picture, portrait_caption(portrait), folder / "character" / name)
+    for number in range(OTHERS):
+        scene = sample_scene(random.Random(f"others {number}"))
+        name = f"{number + 1:02d}"
+        save(draw(scene, *SQUARE), caption(scene), folder / "character" / "others" / name)
     for name, (scene, size) in STICKERS.items():
         save(draw_in_style(scene, *size), style_caption(scene), folder / "style" / name)

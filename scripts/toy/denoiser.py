@@ -185,8 +185,8 @@ def flow_loss(
 def follow(ema: Flux2Transformer2DModel, model: Flux2Transformer2DModel, *, step: int) -> None:
     """Move the average towards the model; a young average forgets faster."""
     decay = min(EMA_DECAY, (step + 1) / (step + 10))
-    averages, weights = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def save_atomically(state: object, path: Path) -> None:

@@ -6,6 +6,7 @@ what came before. Unknown words (any language) fall apart into bytes, never into
 """
 
 import random
+from typing import Any
 
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
@@ -81,6 +82,9 @@ def new_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
 
 def encoder_config(tokenizer: PreTrainedTokenizerFast) -> Mistral3Config:
     """32 decoder layers, so that hidden state 30 is not yet the final-normed one."""
+    bos, eos, pad, image = (
+        tokenizer.get_vocab()[word] for word in ("<s>", "</s>", "<pad>", "[IMG]")
+    )
     text = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -92,9 +96,9 @@ def encoder_config(tokenizer: PreTrainedTokenizerFast) -> Mistral3Config:
         max_position_embeddings=2048,
         sliding_window=None,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     vision = PixtralVisionConfig(
         hidden_size=16,
@@ -107,7 +111,7 @@ def encoder_config(tokenizer: PreTrainedTokenizerFast) -> Mistral3Config:
     return Mistral3Config(
         text_config=text,
         vision_config=vision,
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        image_token_index=image,
         tie_word_embeddings=True,
     )
 
@@ -128,19 +132,20 @@ def new_text_encoder(
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             std *= 0.15
         weight.normal_(0, std, generator=generator)
-    return encoder.to(torch.bfloat16)
+    torch.nn.Module.to(encoder, torch.bfloat16)
+    return encoder
 
 
 @torch.no_grad()
 def encode_captions(
     encoder: Mistral3ForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     captions: list[str],
     *,
     device: torch.device,
 ) -> torch.Tensor:
     """(N, MAX_TOKENS, 3 * WIDTH) in bf16 on the CPU, by the pipeline's own method, in fp32."""
-    encoder = encoder.to(device, torch.float32)
+    torch.nn.Module.to(encoder, device, torch.float32)
     parts = []
     for start in range(0, len(captions), 256):
         embeds = Flux2Pipeline._get_mistral_3_small_prompt_embeds(

@@ -6,6 +6,8 @@ are elsewhere.
 """
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,11 +119,11 @@ def train_decoder(
     A breath of noise on the latents stands for the transformer's own errors.
     """
     generator = torch.Generator().manual_seed(course.seed)
-    vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    network: Any = vae
+    network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    assert vae.post_quant_conv is not None
     with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(to_unit(part).to(device)).latent_dist.mode() for part in pixels.split(256)]
-        )
+        latents = torch.cat([encode(vae, part.to(device)) for part in pixels.split(256)])
     breath = 0.02 * latents.std()
     weights = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for weight in weights:
@@ -133,7 +135,7 @@ def train_decoder(
         rows = torch.randint(len(pixels), (course.batch,), generator=generator)
         truth = to_unit(pixels[rows]).to(device, memory_format=torch.channels_last)
         noise = torch.randn((course.batch, *latents.shape[1:]), generator=generator).to(device)
-        guess = vae.decode(latents[rows.to(device)] + breath * noise).sample
+        guess = decode(vae, latents[rows.to(device)] + breath * noise)
         loss = reconstruction_loss(guess, truth)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -142,13 +144,30 @@ def train_decoder(
     vae.requires_grad_(False)
 
 
+def load_vae(base: Path, device: torch.device) -> AutoencoderKLFlux2:
+    """The stored VAE, computing in fp32."""
+    vae: Any = AutoencoderKLFlux2.from_pretrained(base / "vae", dtype=torch.float32)
+    return vae.to(device)
+
+
+def encode(vae: AutoencoderKLFlux2, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels (B, 3, H, W) on the VAE's device to the latents' mode (B, C, H/8, W/8)."""
+    output: Any = vae.encode(to_unit(pixels))
+    return output.latent_dist.mode()
+
+
+def decode(vae: AutoencoderKLFlux2, latents: Any) -> torch.Tensor:
+    """Latents to pixels in about [-1, 1]."""
+    output: Any = vae.decode(latents)
+    return output.sample
+
+
 @torch.no_grad()
 def reconstruct(
     vae: AutoencoderKLFlux2, pixels: torch.Tensor, *, device: torch.device
 ) -> torch.Tensor:
     """uint8 (B, 3, H, W) through the latents' mode and back to uint8."""
-    truth = to_unit(pixels).to(device)
-    guess = vae.decode(vae.encode(truth).latent_dist.mode()).sample
+    guess = decode(vae, encode(vae, pixels.to(device)))
     return ((guess.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -165,7 +184,7 @@ def patch_latents(
     """(N, 3, H, W) uint8 to (N, 4C, H/16, W/16), 2x2 patches in channel order (c, pi, pj), raw."""
     parts = []
     for chunk in pixels.split(256):
-        z = vae.encode(to_unit(chunk).to(device)).latent_dist.mode()
+        z = encode(vae, chunk.to(device))
         b, c, h, w = z.shape
         z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
         parts.append(z.reshape(b, 4 * c, h // 2, w // 2).cpu())

@@ -1,6 +1,7 @@
 """Shifts, noise levels and the time the model is told, against diffusers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from tests import tiny
 from train import flow, randomness
 from train.config import FlowConfig
+
+ABSENT: Any = None
 
 
 @pytest.mark.parametrize(("pixels", "tokens", "factor"), [(512, 1024, 1.88), (1024, 4096, 3.16)])
@@ -47,8 +50,8 @@ def test_the_model_is_told_the_time_that_the_pipeline_tells_it(dtype):
     pipeline = Flux2Pipeline(
         scheduler=tiny.scheduler(),
         vae=tiny.vae().to(dtype),
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,
+        text_encoder=ABSENT,
+        tokenizer=ABSENT,
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,5 +1,7 @@
 """Patches, packing, positions and normalisation against Flux2Pipeline's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import Flux2Pipeline
@@ -8,6 +10,8 @@ from PIL import Image
 
 from tests import tiny
 from train import encode, latents
+
+ABSENT: Any = None
 
 
 def test_patchify_is_the_pipelines():
@@ -46,15 +50,15 @@ def test_encoded_pixels_are_the_pipelines():
     vae = tiny.vae()
     picture = Image.effect_noise((64, 96), 90).convert("RGB")
     pipeline = Flux2Pipeline(
-        scheduler=None,  # pyright: ignore[reportArgumentType]
+        scheduler=ABSENT,
         vae=vae,
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,
-        transformer=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=ABSENT,
+        tokenizer=ABSENT,
+        transformer=ABSENT,
     )
     theirs = Flux2ImageProcessor().preprocess(picture, height=96, width=64)
     with torch.no_grad():
-        expected = pipeline._encode_vae_image(theirs, generator=None)
+        expected = pipeline._encode_vae_image(theirs, generator=ABSENT)
         ours = encode.encode_pixels(vae, encode._pixels(picture))
     assert torch.equal(encode._pixels(picture), theirs)
     assert ours.shape == (1, 16, 6, 4)

@@ -1,6 +1,7 @@
 """The training loss against diffusers' formula, and previews against the whole pipeline."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_loss_is_diffusers_formula(guidance):
         return_dict=False,
     )[0]
     ids = Flux2Pipeline._prepare_latent_ids(batch.latents_BDhw)
-    prediction = Flux2Pipeline._unpack_latents_with_ids(prediction, ids)
+    prediction: Any = Flux2Pipeline._unpack_latents_with_ids(prediction, ids)
     target = batch.noise_BDhw - batch.latents_BDhw
     expected = torch.mean((prediction.float() - target.float()) ** 2)
     ours = objective.losses(transformer, batch, dtype=torch.float32, guidance=guidance)
@@ -94,7 +95,7 @@ def test_prompts_and_previews_are_the_pipelines(family, request, tmp_path):
     text, empty = (cache.get(keys.prompt(p))["text"] for p in (prompt, ""))
 
     pipeline_class = Flux2Pipeline if family == "dev" else Flux2KleinPipeline
-    pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32)
+    pipeline: Any = pipeline_class.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     limit = pipeline.tokenizer.model_max_length
     expected_text, _ = pipeline.encode_prompt(prompt=prompt, max_sequence_length=limit)

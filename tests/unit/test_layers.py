@@ -19,7 +19,14 @@ LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
     1: ["train.config", "train.config_load"],
     2: [
-        *("train.flow", "train.latents", "train.batch", "train.cache", "train.randomness", "train.board"),
+        *(
+            "train.flow",
+            "train.latents",
+            "train.batch",
+            "train.cache",
+            "train.randomness",
+            "train.board",
+        ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
     ],

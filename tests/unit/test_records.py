@@ -236,6 +236,13 @@ def test_trigger_required(tmp_path: Path) -> None:
     ]
 
 
+def test_an_optional_trigger_leaves_captions_as_they_are(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png", "a red circle")
+    found = survey(tmp_path, trigger="ohwx", trigger_mode="optional")
+    assert found.faults == ()
+    assert found.records[0].caption == "a red circle"
+
+
 def test_trigger_prepended_only_where_it_lacks(tmp_path: Path) -> None:
     pair(tmp_path, "a.png", "ohwx runs")
     pair(tmp_path, "b.png", "he runs", seed=1)
