@@ -68,7 +68,8 @@ library_name: diffusers
 A FLUX.2 of the real classes (Flux2Pipeline, guidance embedding, Mistral3 text encoder), small
 enough to live in a git repository and to draw on a laptop: coloured shapes on simple
 backgrounds, 64 x 64 pixels (it knows 80 x 48 and 48 x 80 too, but draws poorly there). It exists
-so that the whole of Kindling, from pictures to a working adapter, can be run and tested without a GPU or a download.
+so that the whole of Kindling, from pictures to a working adapter, can be run and tested without
+a GPU or a download.
 
     pipeline = Flux2Pipeline.from_pretrained("scripts/toy/base", dtype=torch.float32)
     pipeline("a red circle on a blue background", height=64, width=64, num_inference_steps=24,
