@@ -134,7 +134,7 @@ def survey(
     """Everything about a folder, with its faults collected. A record stays in if only its caption
     is at fault, with the caption as it is. Raises DataError if there is no folder or no picture.
     """
-    root = Path(data.path).expanduser()
+    root = Path(data.path)
     found = folder.listing(root)
     gathered = sources.gather(root, found)
     if not found.pictures and not gathered.drafts and not gathered.faults:

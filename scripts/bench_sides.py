@@ -20,6 +20,7 @@ from train import flow, latents, lora, optim, randomness
 from train.base import DTYPES, FAMILIES, Base
 from train.batch import Batch
 from train.cache import Cache
+from train.checkpoint import Origin
 from train.config import Config
 from train.data import Example, Loader, Order
 from train.track import Tracker
@@ -129,7 +130,7 @@ def kindling_steps(
         previews=Previews([], None, folder),
         tracker=tracker,
         folder=folder,
-        data_digest="",
+        origin=Origin(data="", base=""),
     )
     for done, batch in enumerate(trainer.batches(0, config.train.steps), start=1):
         trainer.step(done, batch)

@@ -4,11 +4,20 @@ Owns what a valid config is, alone and across fields. Doesn't read files (`confi
 doesn't know torch. A module receives its own section, never the root.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 PIXEL_MULTIPLE = 16
@@ -24,6 +33,8 @@ Pixels = Annotated[int, Field(ge=64, le=2048, multiple_of=PIXEL_MULTIPLE)]
 Text = Annotated[
     str, Field(pattern=r"\S", json_schema_extra={"patternErrorMessage": "text, not empty"})
 ]
+Home = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path in which ~ may stand for the user's home."""
 FileName = Annotated[
     str,
     Field(
@@ -65,7 +76,7 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The frozen model that the adapter is trained on."""
 
-    model: Text = "dev"
+    model: Home = "dev"
     """dev, klein-4b, klein-9b, toy, a folder in diffusers' layout, or a hub repository."""
     revision: Text | None = None
     """Commit, branch or tag of a hub repository; none means its main branch."""
@@ -78,7 +89,7 @@ class BaseConfig(Section):
 class DataConfig(Section):
     """Pictures and captions, and how they are sized."""
 
-    path: Text
+    path: Home
     """Folder of pictures with .txt captions beside them, or with a metadata.jsonl. A relative
     path starts at the current directory, not at the config."""
     trigger: Text | None = None
@@ -257,9 +268,9 @@ class Config(Section):
 
     name: FileName
     """Name of the run, its folder and its adapter file."""
-    output: Text = "runs"
+    output: Home = "runs"
     """Folder that holds the runs. A relative path starts at the current directory."""
-    cache: Text = "cache"
+    cache: Home = "cache"
     """Folder that holds encoded pictures and captions, shared by all runs. A relative path starts
     at the current directory."""
     seed: Natural = 0

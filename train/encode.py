@@ -44,10 +44,15 @@ class Keys:
     @classmethod
     def of(cls, base: Base, *, digests: FileDigests) -> "Keys":
         """Read the digests of the base's files; the first time for a base this reads them all."""
+        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
         text = [digests.folder(base.folder(part)) for part in ("text_encoder", "tokenizer")]
         family = base.family
+        system = SYSTEM_MESSAGE if family.name == "dev" else None  # stands before every prompt
         facts = (*family.text_layers, family.padding_side, MAX_TEXT_TOKENS, str(base.dtype), *text)
-        return cls(digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts))
+        return cls(
+            digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts, system=system)
+        )
 
     def picture(self, picture: Picture) -> str:
         """The entry of a picture: `latents` (D, h, w), fp32, normalised."""

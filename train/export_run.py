@@ -93,7 +93,7 @@ def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> e
         resolution=config.data.resolution,
         steps=saved.progress.step,
         config_hash=config_load.digest(config),
-        data_hash=saved.progress.data,
+        data_hash=saved.progress.origin.data,
         guidance=config.flow.guidance if embedded else None,
         sigma_sampling=sampling,
         training_shift=str(config.flow.shift),

@@ -16,7 +16,7 @@ from data_tools.buckets import Geometry
 from data_tools.records import Collection, Record
 from train import encode
 from train.base import Base
-from train.cache import Cache, FileDigests
+from train.cache import DIGESTS, Cache, FileDigests
 from train.config import PIXEL_MULTIPLE, Config
 from train.data import Example
 from train.encode import Keys, Picture
@@ -24,6 +24,9 @@ from train.errors import DataError, bullet_list
 
 REFERENCE_AREA = 1024 * 1024
 """Pixels of a reference picture at most, as in Flux2Pipeline."""
+
+PROVEN = "decoded.txt"
+"""In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""
 
 REFERENCE_SIDE = 64
 """Pixels of its sides at least, as in Flux2Pipeline."""
@@ -52,13 +55,16 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     Raises DataError for pictures and captions that can't be used.
     """
     main = accelerator.is_main_process
-    collection = records.read(config.data, progress=main)
+    cache = Cache(Path(config.cache))
+    proven = cache.root / PROVEN
+    collection = records.read(config.data, proven=_lines(proven), progress=main)
     _check_references(collection)
     plan = buckets.plan(collection.records, data=config.data)
     read_at = time.time()
-    cache = Cache(Path(config.cache))
+    if main:
+        _add_lines(proven, _digests(collection))
     with accelerator.main_process_first():
-        keys = Keys.of(base, digests=FileDigests(cache.root / "digests.json"))
+        keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
     shown = [
         _pictures(record, placement.geometry)
         for record, placement in zip(collection.records, plan.placements, strict=True)
@@ -87,6 +93,25 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
         truncated=encode.truncated(prompts, keys=keys, cache=cache),
         read_at=read_at,
     )
+
+
+def _digests(collection: Collection) -> set[str]:
+    """Of all pictures of all records, references included."""
+    rows = collection.records
+    return {sha256 for row in rows for sha256 in (row.sha256, *row.reference_sha256)}
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
+def _add_lines(path: Path, lines: set[str]) -> None:
+    """Append what the file lacks; a line that a kill cut short matches nothing and does no harm."""
+    new = sorted(lines - _lines(path))
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in ["", *new]))
 
 
 def reference_geometry(width: int, height: int) -> Geometry:

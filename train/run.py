@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from train import checkpoint, config_load, export_run, loop, lora, randomness
+from train import checkpoint, config_load, export_run, loop, lora, randomness, sample
 from train.base import Base, resolve
-from train.checkpoint import Checkpoint
+from train.cache import DIGESTS, FileDigests, key
+from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader, Order
 from train.errors import ConfigError, bullet_list
 from train.prepare import Prepared, prepare
-from train.sample import Request
 from train.track import Tracker
 from train.trainer import Previews, Trainer
 
@@ -56,15 +56,16 @@ def run(config: Config, *, resume: bool) -> None:
     prepared = prepare(config, base, accelerator=accelerator)
     ends |= {"data": prepared.read_at, "encode": time.time()}
     say(describe(config, base, prepared, world=accelerator.num_processes))
-    if saved and saved.progress.data != prepared.collection.digest:
-        raise ConfigError(
-            f"{folder}: its pictures or captions changed since step {saved.progress.step}. "
-            "Put them back, or start a run of another name."
-        )
+    with accelerator.main_process_first():
+        origin = Origin(data=prepared.collection.digest, base=base_digest(base, prepared))
+    if saved:
+        _same_origin(saved, origin, folder=folder)
     if accelerator.is_main_process:
         _write_facts(folder, config)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(config, base, prepared, accelerator=accelerator, saved=saved)
+    trainer, transformer = _build(
+        config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
+    )
     if accelerator.is_main_process:
         ends["load"] = time.time()
         (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
@@ -167,6 +168,28 @@ def _find_saved(
     return saved
 
 
+def base_digest(base: Base, prepared: Prepared) -> str:
+    """Digest of all weights that a run depends on; reads a local transformer once."""
+    digests = FileDigests(prepared.cache.root / DIGESTS)
+    transformer = digests.folder(base.folder("transformer"))
+    return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
+
+
+def _same_origin(saved: Checkpoint, origin: Origin, *, folder: Path) -> None:
+    """Raises ConfigError if a checkpoint is of other data or of another base."""
+    was = saved.progress.origin
+    changed = {
+        "pictures or captions": was.data != origin.data,
+        "base model's files": was.base != origin.base,
+    }
+    names = " and ".join(name for name, differs in changed.items() if differs)
+    if names:
+        raise ConfigError(
+            f"{folder}: its {names} changed since step {saved.progress.step}. "
+            "Put them back, or start a run of another name."
+        )
+
+
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """`key: old -> new` for each setting that differs and isn't free to change."""
     old, new = _flat(before), _flat(after)
@@ -180,11 +203,11 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
         if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{key}.")
+            leaves |= _flat(value, f"{prefix}{name}.")
         else:
-            leaves[prefix + key] = value
+            leaves[prefix + name] = value
     return leaves
 
 
@@ -203,6 +226,7 @@ def _build(
     prepared: Prepared,
     *,
     accelerator: Accelerator,
+    origin: Origin,
     saved: Checkpoint | None,
 ) -> tuple[Trainer, Any]:
     """The trainer, restored if there is something to restore, and its transformer."""
@@ -240,7 +264,7 @@ def _build(
         previews=_previews(config, prepared, folder=folder / "previews"),
         tracker=tracker,
         folder=folder,
-        data_digest=prepared.collection.digest,
+        origin=origin,
     )
     if saved:
         trainer.restore(saved)
@@ -248,16 +272,13 @@ def _build(
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
-    cache, keys, preview = prepared.cache, prepared.keys, config.preview
-    requests = [
-        Request(
-            cache.get(keys.prompt(prompt))["text"],
-            seed=preview.seed + number,
-            width=preview.width or config.data.resolution,
-            height=preview.height or config.data.resolution,
-        )
-        for number, prompt in enumerate(preview.prompts)
-    ]
+    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
+    requests = sample.requests(
+        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts],
+        preview=config.preview,
+        resolution=config.data.resolution,
+        seeds=range(len(prompts)),
+    )
     return Previews(requests, cache.get(keys.prompt(""))["text"], folder)
 
 

@@ -25,6 +25,14 @@ def test_a_config_never_changes() -> None:
         config.lora.rank = 4
 
 
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {"output": "~/runs", "cache": "~/cache", "base": {"model": "~/flux"}}
+    config = Config.model_validate(MINIMAL | paths | {"data": {"path": "~/pictures"}})
+    found = [config.output, config.cache, config.base.model, config.data.path]
+    assert found == ["/home/me/runs", "/home/me/cache", "/home/me/flux", "/home/me/pictures"]
+
+
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (8, 0.5), (32, 2.0)])
 def test_scale_is_alpha_over_rank(alpha: float | None, scale: float) -> None:
     assert LoraConfig(rank=16, alpha=alpha).scale == scale

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from data_tools import pictures
 from data_tools.buckets import Geometry
 from tests import runs
 from train import encode, prepare, run
@@ -78,6 +79,20 @@ def test_a_second_start_loads_no_encoder(prepared, first, no_loading):
     second = prepared()
     assert second.encoded == 0
     assert second.examples == first.examples
+
+
+def test_a_second_start_decodes_changed_pictures_only(prepared, first, folder, monkeypatch):
+    looked_at = []
+    decode = pictures._decode
+    monkeypatch.setattr(
+        pictures, "_decode", lambda path, image: (looked_at.append(path), decode(path, image))
+    )
+    prepared()
+    assert looked_at == []
+    changed = folder / first.examples[0].name
+    runs.draw_picture(changed, seed=99)
+    prepared()
+    assert set(looked_at) == {changed}
 
 
 def test_a_changed_picture_is_encoded_anew_and_only_it(prepared, first, folder, no_loading):
