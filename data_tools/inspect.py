@@ -137,7 +137,7 @@ def _costs(report: Report) -> list[str]:
     places = list(zip(report.rows, report.plan.placements, strict=True))
     cropped = [row.name for row, place in places if place.crop > 0.1]
     enlarged = [row.name for row, place in places if place.scale > 1]
-    full = buckets.MIN_FILL * report.data.resolution**2
+    full = buckets.MIN_FILL * min(report.data.resolutions) ** 2
     small = [
         row.name for row, place in places if place.geometry.width * place.geometry.height < full
     ]
@@ -224,11 +224,11 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, int]:
     try:
         return DataConfig.model_validate(base | sets), batch_size
     except ValidationError as error:
-        lines = []
+        lines: dict[str, str] = {}
         for fault in error.errors():
             option = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else "settings"
-            lines.append(f"{option}: {fault['msg']}")
-        raise ConfigError("\n".join(lines)) from None
+            lines.setdefault(option, f"{option}: {fault['msg']}")
+        raise ConfigError("\n".join(lines.values())) from None
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def draw_all(
     requests = sample.requests(
         [cache.get(keys.prompt(prompt))["text"] for prompt in prompts for _ in range(seeds)],
         preview=preview,
-        resolution=config.data.resolution,
+        resolution=max(config.data.resolutions),
         seeds=[*range(seeds)] * len(prompts),
     )
     transformer = base.load_transformer(device)

@@ -18,8 +18,9 @@ from train import checkpoint, lora, objective, optim, randomness, sample
 from train.base import Base
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
-from train.data import Loader, Order, Portion, portions
+from train.data import Loader, Portion, portions
 from train.errors import TrainingError
+from train.order import Mixture
 from train.track import Tracker
 
 
@@ -54,7 +55,7 @@ class Trainer:
         accelerator: Accelerator,
         base: Base,
         transformer: Any,
-        order: Order,
+        order: Mixture,
         loader: Loader,
         previews: Previews,
         tracker: Tracker,
@@ -167,8 +168,9 @@ class Trainer:
         return self._accelerator.num_processes
 
     def _epoch(self, done: int) -> float:
+        """Passes over the first data set."""
         taken = done * self._config.train.accumulate * self._world
-        return taken / self._order.epoch_length
+        return self._order.passes(taken)[0]
 
     def _backward(self, portion: Portion) -> torch.Tensor:
         """Gradients of a portion's share of the step's mean loss; returns that share."""
