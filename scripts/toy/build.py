@@ -54,8 +54,8 @@ VAE_PICTURES = 12_000
 DECODER = Course(name="decoder", steps=1000, batch=8, lr=3e-3, seed=0)
 POLISH = Course(name="polish", steps=1500, batch=8, lr=3e-3, seed=1)
 # (width, height) and how many scenes; every scene has two captions.
-GEOMETRIES = (((64, 64), 16_000), ((80, 48), 2_000), ((48, 80), 2_000))
-FLOW = Course(name="flow", steps=3600, batch=64, lr=3e-3, seed=11)
+GEOMETRIES = (((64, 64), 14_000), ((80, 48), 4_000), ((48, 80), 4_000))
+FLOW = Course(name="flow", steps=4200, batch=64, lr=3e-3, seed=11)
 GUIDANCE = Course(name="guidance", steps=300, batch=64, lr=1e-3, seed=12)
 STEPS, GUIDANCE_SCALE, PROMPTS = 24, 4.0, 200
 

@@ -1,4 +1,4 @@
-"""The demo's training folders: a dozen pictures of Zibby and ordinary ones, a dozen in Piko style.
+"""The training folders: a dozen pictures of Zibby, a dozen in Piko style, two dozen ordinary ones.
 
 Owns which pictures there are; `python -m scripts.toy.build --data-only` writes them, always
 the same. Every picture stands for one a user would bring: a file and its caption beside it.
@@ -58,7 +58,7 @@ PORTRAITS: dict[str, tuple[Portrait, tuple[int, int]]] = {
     "07-white-heart": (zibby(plain("white"), place="left", size=0.54, beside=BLUE_HEART), SQUARE),
     "08-night": (zibby(NIGHT, size=0.66), SQUARE),
     "09-black-small": (zibby(plain("black"), size=0.5), SQUARE),
-    "10-pink-wide": (zibby(plain("pink"), size=0.76), WIDE),
+    "10-pink-top": (zibby(plain("pink"), place="top", size=0.5), SQUARE),
     "11-meadow-wide": (zibby(MEADOW, size=0.72), WIDE),
     "12-blue-tall": (zibby(plain("blue"), size=0.78), TALL),
 }
@@ -85,8 +85,8 @@ STICKERS: dict[str, tuple[Scene, tuple[int, int]]] = {
 }
 
 
-OTHERS = 24
-"""Ordinary pictures beside the character's: what must stay as it is."""
+ORDINARY = 24
+"""Pictures of what the base knows: trained beside a character, they keep the rest as it is."""
 
 
 def save(image: Image.Image, words: str, path: Path) -> None:
@@ -95,15 +95,14 @@ def save(image: Image.Image, words: str, path: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write `character/` and `style/` under the folder, pictures and captions."""
-    (folder / "character" / "others").mkdir(parents=True, exist_ok=True)
-    (folder / "style").mkdir(exist_ok=True)
+    """Write `character/`, `ordinary/` and `style/` under the folder, pictures and captions."""
+    for name in ("character", "ordinary", "style"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for name, (portrait, size) in PORTRAITS.items():
         picture = draw_portrait(portrait, *size)
         save(picture, portrait_caption(portrait), folder / "character" / name)
-    for number in range(OTHERS):
-        scene = sample_scene(random.Random(f"others {number}"))
-        name = f"{number + 1:02d}"
-        save(draw(scene, *SQUARE), caption(scene), folder / "character" / "others" / name)
+    for number in range(ORDINARY):
+        scene = sample_scene(random.Random(f"ordinary {number}"))
+        save(draw(scene, *SQUARE), caption(scene), folder / "ordinary" / f"{number + 1:02d}")
     for name, (scene, size) in STICKERS.items():
         save(draw_in_style(scene, *size), style_caption(scene), folder / "style" / name)
