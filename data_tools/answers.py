@@ -31,11 +31,13 @@ _REFUSAL = re.compile(
     r"|作为(?:一个|一名)?(?:ai|人工智能|语言模型)|请(?:提供|上传))",
     re.IGNORECASE,
 )
-_LOOP = re.compile(r"(.{12,200}?)\1{2,}|(.{4,}?)\2{5,}|(.{1,3}?)\3{15,}", re.DOTALL)
+_LOOP = re.compile(r"(.{12,200}?)\1{2,}|(.{4,11}?)\2{5,}|(.{1,3}?)\3{15,}", re.DOTALL)
 _SENTENCE = re.compile(r"[.!?。！？]+\s*")
 _CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LETTER = re.compile(r"[^\W\d_]")
 
+MAX_CHARACTERS = 5000
+"""FLUX.2 reads 512 tokens, some 2,000 characters; more than twice that is no caption."""
 SHOWN = 60
 """Characters of a refused answer that are shown."""
 
@@ -63,6 +65,8 @@ def fault(text: str, *, language: str) -> str:
         return "the answer holds half a character (a lone \\ud800 to \\udfff)"
     if _REFUSAL.match(text):
         return f"refused: {text[:SHOWN]!r}"
+    if len(text) > MAX_CHARACTERS:
+        return f"{len(text)} characters are no caption: {text[:SHOWN]!r}"
     looped = _loop(text)
     if looped:
         return f"repeats itself: {looped[:SHOWN]!r}"
@@ -75,7 +79,7 @@ def fault(text: str, *, language: str) -> str:
 
 def _loop(text: str) -> str:
     """What `text` says over and over: a phrase in a row, or one sentence three times."""
-    found = _LOOP.search(text[:20_000])
+    found = _LOOP.search(text)
     if found:
         return next(group for group in found.groups() if group).strip()
     sentences = [part.strip() for part in _SENTENCE.split(text) if len(part.strip()) > 12]

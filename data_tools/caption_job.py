@@ -114,7 +114,9 @@ class Job:
             else:
                 self.outcome.kept += 1
                 self._accept(draft, known)
-        with tqdm(total=len(pending), desc="caption", unit="picture", smoothing=0.1, delay=0.5) as bar:
+        with tqdm(
+            total=len(pending), desc="caption", unit="picture", smoothing=0.1, delay=0.5
+        ) as bar:
             for question, answer in self.captioner.answers(self._questions(pending, bar)):
                 draft, key = pending[question.name]
                 text = answers.tidy(answer.text)

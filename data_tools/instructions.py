@@ -42,11 +42,12 @@ class Instruction:
         """The user's turn: the task, then the pictures that it speaks of."""
         picture, reference, goal = self.labels
         if self.purpose != "edit":
-            return (self.task, picture, target)
-        found: list[str | Image.Image] = [self.task]
-        for number, image in enumerate(references, start=1):
-            found += [reference.format(number=number), image]
-        return (*found, goal, target)
+            return (f"{self.task}\n\n{picture}", target)
+        labels = [reference.format(number=number) for number in range(1, len(references) + 1)]
+        # two texts in a row would run together in most chat templates
+        labels = [f"{self.task}\n\n{labels[0]}", *labels[1:], goal]
+        pairs = zip(labels, [*references, target], strict=True)
+        return tuple(part for pair in pairs for part in pair)
 
 
 def build(

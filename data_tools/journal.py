@@ -53,10 +53,14 @@ class Journal:
         """Keep a caption; from here on it outlives the process. Name and captioner are for people.
 
         It isn't forced to the disk: after a power cut the last ones may have to be made again.
+        Raises DataError if the disk is full.
         """
         row = {"key": key, "name": name, "captioner": captioner, "caption": caption}
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(f"{self.path}: can't be written ({error.strerror or error})") from None
         self._captions[key] = caption
 
     def close(self) -> None:

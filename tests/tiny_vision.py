@@ -139,13 +139,22 @@ def make_qwen(folder: Path) -> Path:
     torch.manual_seed(6)
     config = Qwen3VLConfig(
         text_config={
-            **{"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": WIDTH},
-            **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
-            **{"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}},
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": rope | {"mrope_interleaved": True},
         },
         vision_config={
-            **{"depth": 2, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2},
-            **{"out_hidden_size": WIDTH, "num_position_embeddings": 16},
+            "depth": 2,
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
         },
         image_token_id=ids["<|image_pad|>"],
@@ -159,7 +168,12 @@ def make_qwen(folder: Path) -> Path:
     size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
     half = [0.5, 0.5, 0.5]
     Qwen2VLImageProcessorPil(
-        size=size, patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=half, image_std=half
+        size=size,
+        patch_size=16,
+        temporal_patch_size=2,
+        merge_size=2,
+        image_mean=half,
+        image_std=half,
     ).save_pretrained(folder)
     path = folder / "preprocessor_config.json"
     facts = json.loads(path.read_text()) | {"processor_class": "Qwen3VLProcessor"}
@@ -195,6 +209,7 @@ def make_florence(folder: Path) -> Path:
         num_groups=[2, 2],
         window_size=4,
         projection_dim=WIDTH,
+        initializer_range=0.3,
     )
     text = BartConfig(
         vocab_size=len(tokenizer),
@@ -206,6 +221,7 @@ def make_florence(folder: Path) -> Path:
         encoder_ffn_dim=WIDTH,
         decoder_ffn_dim=WIDTH,
         max_position_embeddings=512,
+        init_std=0.3,
         pad_token_id=ids["<pad>"],
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],

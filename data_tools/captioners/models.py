@@ -51,7 +51,8 @@ def of_base(name: str, *, settings: Settings) -> Local:
 def of_hub(source: str, *, settings: Settings, purpose: str, language: str) -> Local:
     """Any image-text-to-text model of transformers, by its repository or folder.
 
-    Raises ConfigError or MachineError if it can't be had, or can't do the purpose in the language.
+    Code in a repository is never run. Raises ConfigError or MachineError if the model can't be had,
+    or can't do the purpose in the language.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -59,7 +60,7 @@ def of_hub(source: str, *, settings: Settings, purpose: str, language: str) -> L
     check_machine(settings)
     name = f"hf:{source}"
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _unavailable(name, error) from None
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -86,7 +87,7 @@ def load_processor(source: str, config: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
-        return AutoProcessor.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except ImportError:
         if type(config) not in PROCESSOR_MAPPING:
             raise

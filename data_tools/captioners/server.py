@@ -117,8 +117,15 @@ class Server:
                 for task in sorted(done, key=lambda task: task.exception() is not None):
                     yield flying.pop(task), task.result()
         finally:
-            self._runner.run(self._client.aclose())
-            self._runner.close()  # cancels what is on its way
+            self._runner.run(self._hang_up(list(flying)))
+            self._runner.close()
+
+    async def _hang_up(self, flying: list[asyncio.Task[Answer]]) -> None:
+        for task in flying:
+            task.cancel()
+        # what some of them raised meanwhile is said already
+        await asyncio.gather(*flying, return_exceptions=True)
+        await self._client.aclose()
 
     async def _ask(self, question: Question) -> Answer:
         body = {
