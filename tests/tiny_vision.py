@@ -226,8 +226,6 @@ def make_florence(folder: Path) -> Path:
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
         decoder_start_token_id=ids["</s>"],
-        forced_bos_token_id=ids["<s>"],
-        forced_eos_token_id=ids["</s>"],
     )
     torch.manual_seed(7)
     config = Florence2Config(text_config=text, vision_config=vision, image_token_id=ids["<image>"])

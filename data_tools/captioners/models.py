@@ -91,7 +91,7 @@ def load_processor(source: str, config: Any) -> Any:
     except ImportError:
         if type(config) not in PROCESSOR_MAPPING:
             raise
-    processor_class = PROCESSOR_MAPPING[type(config)]
+    processor_class: Any = PROCESSOR_MAPPING[type(config)]
     if "video_processor" not in processor_class.get_attributes():
         raise MachineError(
             f"hf:{source}: its processor needs torchvision (pip install torchvision)"
