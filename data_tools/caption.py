@@ -144,14 +144,16 @@ def _summary(options: Options, outcome: Outcome) -> str:
     if done:
         kept = f", {outcome.kept} of them in an earlier run" if outcome.kept else ""
         lines.append(f"{_count(len(done), 'caption')}{kept}:")
-        lines += [f"  {name}: {done[name]}" for name in list(done)[:EXAMPLES]]
+        names = sorted(done, key=folder.natural)[:EXAMPLES]
+        lines += [f"  {name}: {done[name]}" for name in names]
         lines += [f"  ... and {len(done) - EXAMPLES} more"] if len(done) > EXAMPLES else []
     if done and options.write == "sidecars":
         lines.insert(0, f"wrote {_count(len(done), '.txt file')} beside the pictures")
     if outcome.prefixed:
         lines.append(f"{outcome.prefixed} lacked {options.trigger!r} and got it put in front")
     if outcome.failed:
-        rows = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
+        names = sorted(outcome.failed, key=folder.natural)
+        rows = [f"{name}: {outcome.failed[name]}" for name in names]
         title = f"Not captioned ({len(rows)}; the same command tries these again):"
         lines.append(bullet_list(title, rows, limit=len(rows)))
     return "\n".join(lines)

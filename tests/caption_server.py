@@ -110,7 +110,7 @@ def _handler(server: CaptionServer) -> type[BaseHTTPRequestHandler]:
         def _send(self, reply: Reply) -> None:
             data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             if reply.stall:
-                server.closed.wait(30)
+                server.closed.wait()
                 return
             try:
                 self.send_response(reply.status)

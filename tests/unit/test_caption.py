@@ -363,7 +363,7 @@ def test_killed_it_goes_on_where_it_was(root: Path, write: str) -> None:
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for _ in range(4):
-            assert target.arrived.acquire(timeout=60)
+            assert target.arrived.acquire(timeout=300)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (root / "metadata.jsonl").exists()
@@ -574,9 +574,9 @@ def test_interrupted_it_ends_at_once(root: Path) -> None:
             command(target, root), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         for _ in range(3):
-            assert target.arrived.acquire(timeout=60)
+            assert target.arrived.acquire(timeout=300)
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=20)[1].decode()
+        error = process.communicate(timeout=150)[1].decode()
     assert process.returncode == 130
     assert "2 of 6 captions are finished and kept" in error
     assert "Traceback" not in error
