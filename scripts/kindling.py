@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "caption": Command("data_tools.caption", "write captions for a folder of pictures"),
     "inspect": Command(
         "data_tools.inspect", "report on a folder of pictures: sizes, captions, faults"
     ),

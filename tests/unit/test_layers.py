@@ -31,15 +31,18 @@ LAYERS = {
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.masks"),
         "data_tools.records",
+        *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
+        *("data_tools.answers", "data_tools.caption_files", "data_tools.journal"),
+        *("data_tools.instructions", "data_tools.captioners"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
     ],
-    4: ["train.objective", "train.sample", "train.certify"],
-    5: ["train.loop", "train.trainer", "train.prepare"],
+    4: ["train.objective", "train.sample", "train.certify", "data_tools.captioners.*"],
+    5: ["train.loop", "train.trainer", "train.prepare", "data_tools.caption_*"],
     6: ["train.run", "train.export_run", "train.compare"],
-    7: ["data_tools.inspect", "train.doctor", "train.py", "scripts.*"],
+    7: ["data_tools.inspect", "data_tools.caption", "train.doctor", "train.py", "scripts.*"],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
@@ -53,6 +56,7 @@ HIGHEST = {
     "train.objective": 2,
     "train.loop": 0,
     "data_tools.inspect": 2,
+    "data_tools.caption_job": 2,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -64,6 +68,10 @@ SIDEWAYS = {
     "data_tools.masks": {"data_tools.*"},
     "data_tools.records": {"data_tools.*"},
     "train.order": {"train.randomness"},
+    "data_tools.answers": {"data_tools.captions", "data_tools.folder"},
+    "data_tools.caption_files": {"data_tools.folder", "data_tools.sources"},
+    "data_tools.captioners.models": {"data_tools.captioners.*"},
+    "data_tools.captioners.local": {"data_tools.captioners.dialects"},
     "train.encode": {"train.base"},
     "train.checkpoint": {"train.lora"},
     "train.export": {"train.lora"},
