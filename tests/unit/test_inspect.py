@@ -28,17 +28,20 @@ GOOD = """\
 {root}: 4 usable pictures
 
 Buckets at resolution 64, batch size 2
-  size        pictures   batches   cut off     scale
-  64x64              3         2        0%      0.80
-  96x32              1         1       20%      0.40
+  size        pictures   batches  not full   cut off     scale
+  64x64              3         2       (1)        0%      0.80
+  96x32              1         1       (1)       20%      0.40
   total              4         3
-  lose over 10 % of their area: d.png
 
 Captions: 4
   shortest 1 word (b.png)
   longest 3 words (d.png)
+  tokens not counted: without --config there is no base to count for
   4 of 4 have the trigger 'ohwx'
   one caption for b.png, c.png
+
+To look at
+  lose over 10 % of their area: d.png
 
 The same picture more than once
   b.png, c.png
@@ -82,9 +85,11 @@ def test_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert facts["buckets"][0] == {
         "geometry": {"width": 64, "height": 64},
         "pictures": 3,
+        "showings": 3,
+        "batches": 3,
+        "partial": [],
         "crop": 0.0,
         "scale": 0.8,
-        "batches": 3,
     }
     assert facts["records"][3]["caption"] == "小火 ohwx"
 
@@ -93,7 +98,7 @@ def test_small_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     hostile.picture(tmp_path / "a.png", width=100, height=100)
     (tmp_path / "a.txt").write_text("x")
     assert inspect.main([str(tmp_path), "--resolution", "256"]) == 0
-    assert "  are too small for the full size: a.png\n" in capsys.readouterr().out
+    assert "  too small for the full size: a.png\n" in capsys.readouterr().out
     assert inspect.main([str(tmp_path), "--resolution", "128", "--max-upscale", "2"]) == 0
     assert "  are enlarged: a.png\n" in capsys.readouterr().out
 

@@ -29,6 +29,7 @@ LAYERS = {
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
+        *("data_tools.workers", "data_tools.examine"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
@@ -37,7 +38,10 @@ LAYERS = {
     4: ["train.objective", "train.sample", "train.certify"],
     5: ["train.loop", "train.trainer", "train.prepare"],
     6: ["train.run", "train.export_run", "train.compare"],
-    7: ["data_tools.inspect", "train.doctor", "train.py", "scripts.*"],
+    7: [
+        *("data_tools.inspect", "data_tools.report", "data_tools.page", "data_tools.tokens"),
+        *("train.doctor", "train.py", "scripts.*"),
+    ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
@@ -51,6 +55,9 @@ HIGHEST = {
     "train.objective": 2,
     "train.loop": 0,
     "data_tools.inspect": 2,
+    "data_tools.report": 2,
+    "data_tools.page": 2,
+    "data_tools.tokens": 3,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -60,6 +67,9 @@ SIDEWAYS = {
     "data_tools.folder": {"data_tools.formats"},
     "data_tools.sources": {"data_tools.captions", "data_tools.folder"},
     "data_tools.records": {"data_tools.*"},
+    "data_tools.page": {"data_tools.report"},
+    "data_tools.tokens": {"data_tools.report"},
+    "data_tools.inspect": {"data_tools.report", "data_tools.page", "data_tools.tokens"},
     "train.encode": {"train.base"},
     "train.checkpoint": {"train.lora"},
     "train.export": {"train.lora"},
