@@ -24,6 +24,8 @@ COLOUR_DISTANCE = 10.0
 """Levels of 255 by which their colours differ at most, on average over a grid of 8 x 8."""
 
 _TILES = 4
+_EVERY = 5
+"""One row in so many is enough for sharpness."""
 _GRID = 8
 
 
@@ -59,32 +61,37 @@ class Measures:
         return self.white > CLIPPED
 
 
-def measure(image: Image.Image) -> Measures:
+def measure(image: Image.Image, *, half: Image.Image | None = None) -> Measures:
     """All measures of an RGB picture, which `pictures.look(path, side=SIDE)` has made small.
 
-    About 2 ms.
+    half: `halved(image)`, if it is at hand. About a millisecond.
     """
     import imagehash  # with scipy, a fifth of a second: not before it is needed
 
-    grey = image.convert("L")
+    # sharpness needs all pixels; the rest is the same, and a quarter of the work, at half the size
+    half = half or halved(image)
+    grey = half.convert("L")
     counts = grey.histogram()
     pixels = grey.width * grey.height
     # the hash is of 32 x 32 pixels: reduced in two steps it takes a tenth of the time
-    small = grey.reduce(max(1, min(grey.size) // 64))
-    bits = imagehash.phash(small).hash
-    grid = image.reduce(max(1, min(image.size) // 64)).resize((_GRID, _GRID), Image.Resampling.BOX)
+    bits = imagehash.phash(grey.reduce(max(1, min(grey.size) // 64))).hash
     return Measures(
         phash=int.from_bytes(np.packbits(bits).tobytes(), "big"),
-        colours=grid.tobytes(),
-        sharpness=sharpness(np.asarray(grey)),
+        colours=half.resize((_GRID, _GRID), Image.Resampling.BOX, reducing_gap=2.0).tobytes(),
+        sharpness=sharpness(np.asarray(image.getchannel("G"))),
         brightness=sum(level * count for level, count in enumerate(counts)) / pixels / 255,
         black=sum(counts[:3]) / pixels,
         white=sum(counts[253:]) / pixels,
     )
 
 
+def halved(image: Image.Image) -> Image.Image:
+    """A picture at half its size, for measures and thumbnails."""
+    return image.reduce(2) if min(image.size) > 1 else image
+
+
 def sharpness(grey_HW: np.ndarray) -> float:
-    """Variance of the Laplacian over the variance of the grey, times 100; (H, W), levels of 255.
+    """Variance of the Laplacian over that of the pixels, times 100; (H, W), levels of 255.
 
     Of the one of 4 x 4 tiles that has the strongest edges, because a sharp subject before a blurred
     background is a sharp picture. The Laplacian is Pech-Pacheco et al. 2000, "Diatom autofocusing
@@ -93,8 +100,9 @@ def sharpness(grey_HW: np.ndarray) -> float:
     1. It finds candidates to look at, not verdicts.
     """
     grey = grey_HW.astype(np.int16)
-    inner = grey[1:-1:2, 1:-1]  # every second row tells as much, in half the time
-    edges = grey[:-2:2, 1:-1] + grey[2::2, 1:-1] + grey[1:-1:2, :-2] + grey[1:-1:2, 2:]
+    inner = grey[1:-1:_EVERY, 1:-1]
+    above, below = grey[:-2:_EVERY, 1:-1], grey[2::_EVERY, 1:-1]
+    edges = above + below + grey[1:-1:_EVERY, :-2] + grey[1:-1:_EVERY, 2:]
     edges -= 4 * inner
     if not edges.size:
         return 0.0
@@ -109,8 +117,8 @@ def _variances(values_HW: np.ndarray) -> np.ndarray:
     height, width = values_HW.shape[0] // rows, values_HW.shape[1] // columns
     tiles = values_HW[: rows * height, : columns * width].astype(np.float32)
     tiles = tiles.reshape(rows, height, columns, width)
-    square = np.einsum("rhcw,rhcw->rc", tiles, tiles) / (height * width)
-    return square - tiles.mean(axis=(1, 3)) ** 2
+    square, mean = np.einsum("rhcw,rhcw->rc", tiles, tiles), np.einsum("rhcw->rc", tiles)
+    return square / (height * width) - (mean / (height * width)) ** 2
 
 
 def alike(measures: Sequence[Measures]) -> list[list[int]]:

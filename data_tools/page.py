@@ -16,13 +16,11 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from data_tools import pictures, report
 from data_tools.report import MARKS, Report, Row
-
-SIDE = 256
-"""Long side of a thumbnail, in pixels: some 10 kB each in the page."""
 
 TEMPLATE = "page.html.jinja"
 
@@ -36,12 +34,9 @@ class Thumbnails:
         self._lock = Lock()
 
     def put(self, name: str, image: Image.Image) -> None:
-        """Shrink an RGB picture and keep it."""
-        scale = min(1.0, SIDE / max(image.size))
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        small = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.0)
+        """Keep an RGB picture. At 256 pixels a side it costs the page some 10 kB."""
         data = io.BytesIO()
-        small.save(data, "JPEG", quality=75)
+        image.save(data, "JPEG", quality=75)
         with self._lock:
             at = self._spool.seek(0, os.SEEK_END)
             self._spool.write(data.getbuffer())
@@ -53,7 +48,7 @@ class Thumbnails:
         with self._lock:
             self._spool.seek(at)
             data = self._spool.read(length)
-        return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+        return Markup("data:image/jpeg;base64," + base64.b64encode(data).decode())
 
 
 def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
@@ -82,6 +77,7 @@ def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
 
 def _cards(found: Report, thumbnails: Thumbnails, home: Path) -> Iterator[dict[str, Any]]:
     """What is shown of each row. Links to the originals are relative to the page's folder."""
+    root = os.path.relpath(Path(found.data.path).expanduser().resolve(), home)
     groups = {index: number for number, group in enumerate(found.alike) for index in group}
     for index, row in enumerate(found.rows):
         record, geometry = row.record, row.placement.geometry
@@ -89,7 +85,7 @@ def _cards(found: Report, thumbnails: Thumbnails, home: Path) -> Iterator[dict[s
         yield {
             "row": row,
             "thumbnail": thumbnails.uri(record.sha256),
-            "original": quote(os.path.relpath(record.target.resolve(), home).replace(os.sep, "/")),
+            "original": quote(f"{root}/{record.name}".replace(os.sep, "/")),
             "crop": {
                 "left": 100 * left / record.width,
                 "top": 100 * top / record.height,

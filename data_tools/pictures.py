@@ -102,8 +102,8 @@ def look(path: Path, *, side: int) -> tuple[Probe, Image.Image]:
     if scale > 1 and image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data:
         image = image.reduce(scale)  # before the colours: what follows costs by the pixel
     rgb = _to_rgb(image)
-    # the gap makes a whole factor, the usual case, four times as fast
-    rgb = rgb.resize(_within(rgb.size, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    if max(rgb.size) > side:
+        rgb = rgb.resize(_within(rgb.size, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
     return found, rgb if turn is None else rgb.transpose(turn)
 
 
@@ -295,7 +295,7 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(image: Image.Image) -> Image.Image:
     found = _profile(image)
     if found is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     profile, mode = found
     try:
         transform = ImageCms.buildTransform(

@@ -312,7 +312,7 @@ def _groups(keys: Iterable[str | None]) -> list[list[int]]:
 def _words(caption: str) -> Sequence[str]:
     found: list[str] = []
     for word in re.findall(r"\w+(?:['’-]\w+)*", caption.casefold()):
-        if captions.words(word) > 1 and "-" not in word:
+        if not word.isascii() and captions.words(word) > 1 and "-" not in word:
             found += [word[i : i + 2] for i in range(len(word) - 1)]
         elif word not in _STOP and not word.isdigit():
             found.append(word)
