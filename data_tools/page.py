@@ -64,8 +64,8 @@ def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
         report=found,
         cards=_cards(found, thumbnails, path.resolve().parent),
         marks={mark: (MARKS[mark], len(rows)) for mark, rows in found.marked.items()},
-        words=report.words(found),
-        tags=report.tags(found),
+        words=_frequent(report.words(found), found),
+        tags=_frequent(report.tags(found), found),
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         nonce=secrets.token_urlsafe(16),
         labels=MARKS,
@@ -95,6 +95,12 @@ def _cards(found: Report, thumbnails: Thumbnails, home: Path) -> Iterator[dict[s
             "facts": _facts(row, found),
             "group": groups.get(index, -1),
         }
+
+
+def _frequent(counts: list[tuple[str, int]], found: Report) -> list[tuple[str, int]]:
+    """Without what only one of many captions has."""
+    least = 1 if len(found.rows) < 10 else 2
+    return [(word, count) for word, count in counts if count >= least]
 
 
 def _facts(row: Row, found: Report) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ Owns the rule that nothing is guessed and nothing is downloaded: where the token
 machine, captions aren't counted. How tokens are counted is the encoder's.
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def count(config: BaseConfig, texts: Iterable[str]) -> Tokens:
         tokenizer = found.load_tokenizer()
     except (UserError, OSError, ValueError) as error:
         return Tokens(f"not counted: {config.model} has no usable tokenizer here ({_short(error)})")
+    limit = base.max_text_tokens(tokenizer)
+    tokenizer.model_max_length = sys.maxsize  # its warning of long texts says what we say better
     counts = {text: encode.count_tokens(found, tokenizer, text) for text in dict.fromkeys(texts)}
-    return Tokens(f"by the tokenizer of {config.model}", base.max_text_tokens(tokenizer), counts)
+    return Tokens(f"by the tokenizer of {config.model}", limit, counts)
 
 
 def _local(source: str, revision: str | None) -> Path | None:
