@@ -33,6 +33,8 @@ REFERENCE_SIDE = 64
 # Long side over short side: 1:1, 8:7, 5:4, 4:3, A4, 3:2, 5:3, 16:9, 2:1, 21:9, 8:3, 3:1 and on.
 SHAPES = (1, 8 / 7, 5 / 4, 4 / 3, 7 / 5, 3 / 2, 5 / 3, 16 / 9, 2, 7 / 3, 8 / 3)
 LONG_SHAPES = (3, 3.5, 4, 4.6, 5.3, 6, 7, 8)
+SQUARES = 4
+"""Where one number of tokens serves all: squares expected for one picture of another shape."""
 
 
 @dataclass(frozen=True, order=True)
@@ -109,33 +111,55 @@ class Plan:
 
 
 def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
-    """A placement for each of `pictures`, none left out. Raises DataError if one is too small."""
+    """Placements for all of `pictures`, none left out: for every picture one at each resolution.
+
+    Raises DataError if one is too small.
+    """
     return Plan(
         tuple(
             place(
                 picture.width,
                 picture.height,
-                resolution=data.resolution,
+                resolution=resolution,
                 max_upscale=data.max_upscale,
                 max_aspect=data.max_aspect,
+                equal_tokens=data.equal_tokens,
             )
             for picture in pictures
+            for resolution in data.resolutions
         )
     )
 
 
 def bucket(
-    width: int, height: int, *, resolution: int, max_upscale: float, max_aspect: float
+    width: int,
+    height: int,
+    *,
+    resolution: int,
+    max_upscale: float,
+    max_aspect: float,
+    equal_tokens: bool = False,
 ) -> Geometry:
     """The size at which a picture of width x height is trained. See `place`."""
     placement = place(
-        width, height, resolution=resolution, max_upscale=max_upscale, max_aspect=max_aspect
+        width,
+        height,
+        resolution=resolution,
+        max_upscale=max_upscale,
+        max_aspect=max_aspect,
+        equal_tokens=equal_tokens,
     )
     return placement.geometry
 
 
 def place(
-    width: int, height: int, *, resolution: int, max_upscale: float, max_aspect: float
+    width: int,
+    height: int,
+    *,
+    resolution: int,
+    max_upscale: float,
+    max_aspect: float,
+    equal_tokens: bool = False,
 ) -> Placement:
     """The size at which a picture of width x height is trained, and what that costs it.
 
@@ -153,7 +177,8 @@ def place(
     assert height > 0
     needed = math.inf
     for level in levels(resolution):
-        geometry = _nearest(width / height, geometries(level, max_aspect=max_aspect))
+        ladder = equal_geometries if equal_tokens else geometries
+        geometry = _nearest(width / height, ladder(level, max_aspect=max_aspect))
         scale = max(geometry.width / width, geometry.height / height)
         if scale <= max_upscale:
             kept = geometry.width * geometry.height / (width * height * scale**2)
@@ -191,6 +216,33 @@ def geometries(resolution: int, *, max_aspect: float) -> tuple[Geometry, ...]:
     ladder = [shape for shape in (*SHAPES, *LONG_SHAPES) if shape < max_aspect] + [max_aspect]
     sides = {_sides(shape, budget, max_aspect) for shape in ladder}
     found = {Geometry(long * PIXEL_MULTIPLE, short * PIXEL_MULTIPLE) for long, short in sides}
+    return tuple(sorted(found | {Geometry(size.height, size.width) for size in found}))
+
+
+@cache
+def equal_geometries(resolution: int, *, max_aspect: float) -> tuple[Geometry, ...]:
+    """Sizes that all have the same number of tokens, sorted; within `geometries`' area limits.
+
+    Of the numbers of tokens that the area allows, the one with which the common shapes together
+    lose least to the crop, squares counting `SQUARES` times; area weighs as in `_sides`.
+    """
+    budget = (resolution // PIXEL_MULTIPLE) ** 2
+    shapes = [math.log(shape) for shape in SHAPES if shape <= max_aspect] + [0.0] * (SQUARES - 1)
+
+    def sides(tokens: int) -> list[tuple[int, int]]:
+        shorts = range(MIN_SIDE, math.isqrt(tokens) + 1)
+        pairs = [(tokens // short, short) for short in shorts if tokens % short == 0]
+        return [(long, short) for long, short in pairs if long <= short * max_aspect]
+
+    def cost(tokens: int) -> float:
+        aspects = [math.log(long / short) for long, short in sides(tokens)]
+        aspects += [-aspect for aspect in aspects]
+        crops = [min(abs(shape - aspect) for aspect in aspects) for shape in shapes]
+        return sum(crops) / len(crops) + 0.5 * (1 - tokens / budget)
+
+    allowed = range(math.ceil(MIN_FILL * budget), budget + 1)
+    best = min((tokens for tokens in allowed if sides(tokens)), key=lambda n: (cost(n), -n))
+    found = {Geometry(long * PIXEL_MULTIPLE, short * PIXEL_MULTIPLE) for long, short in sides(best)}
     return tuple(sorted(found | {Geometry(size.height, size.width) for size in found}))
 
 

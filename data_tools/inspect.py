@@ -113,7 +113,7 @@ def _bucket_table(report: Report) -> str:
     if not report.rows:
         return ""
     data, schedule = report.data, report.schedule
-    title = f"Buckets at resolution {data.resolution}, batch size {schedule.batch_size}"
+    title = f"Buckets at resolution {report.resolutions}, batch size {schedule.batch_size}"
     if data.repeats > 1:
         title += f", {data.repeats} repeats"
     rows = [("size", "pictures", "batches", "not full", "cut off", "scale")]
@@ -246,6 +246,10 @@ def _settings(options: argparse.Namespace) -> Settings:
         values, base = config.data.model_dump(), config.base
         train = config.train
         batch_size, accumulate, steps = train.batch_size, train.accumulate, train.steps
+        if config.more_data:
+            steps = None  # how they share them is the trainer's
+            paths = ", ".join(other.path for other in config.more_data)
+            print(f"Of data only; inspect the folders in more_data by themselves: {paths}\n")
     elif not options.images:
         raise ConfigError("name a folder of pictures, or a config with --config")
     batch_size = batch_size if options.batch_size is None else options.batch_size
@@ -254,11 +258,11 @@ def _settings(options: argparse.Namespace) -> Settings:
     try:
         data = DataConfig.model_validate(values | sets)
     except ValidationError as error:
-        lines = []
+        lines: dict[str, str] = {}
         for fault in error.errors():
             option = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else "settings"
-            lines.append(f"{option}: {fault['msg']}")
-        raise ConfigError("\n".join(lines)) from None
+            lines.setdefault(option, f"{option}: {fault['msg']}")
+        raise ConfigError("\n".join(lines.values())) from None
     return Settings(data, Schedule(batch_size, accumulate, steps), base)
 
 

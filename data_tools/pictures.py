@@ -117,6 +117,21 @@ def load_rgb(path: Path) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def load_alpha(path: Path) -> Image.Image:
+    """How opaque the picture is, upright, 8-bit grey; white if it has no transparency."""
+    data = _bytes(path)
+    image = _open(path, data)
+    _decode(path, image)
+    turn = _TURNS.get(_orientation(image, data))
+    if image.mode.startswith("I"):
+        alpha = _from_16_bits(image)[1]
+    else:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha is None:
+        alpha = Image.new("L", image.size, 255)
+    return alpha if turn is None else alpha.transpose(turn)
+
+
 def fit(image: Image.Image, geometry: Geometry) -> Image.Image:
     """The centre of `image`, as much as has the geometry's aspect, at exactly its size."""
     size = (geometry.width, geometry.height)

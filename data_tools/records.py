@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, formats, pictures, sources, workers
+from data_tools import buckets, captions, folder, formats, masks, pictures, sources, workers
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -45,6 +45,9 @@ class Record:
     """Of the target file's bytes."""
     reference_sha256: tuple[str, ...] = ()
     reference_sizes: tuple[tuple[int, int], ...] = ()
+    mask: Path | None = None
+    """Grey picture of the target's size, white where it is learnt."""
+    mask_sha256: str | None = None
 
 
 class Records(Sequence[Record]):
@@ -84,6 +87,8 @@ class Records(Sequence[Record]):
             sha256=row["sha256"],
             reference_sha256=tuple(row["reference_sha256"]),
             reference_sizes=tuple((w, h) for w, h in row["reference_sizes"]),
+            mask=self._root / row["mask"] if row["mask"] else None,
+            mask_sha256=row["mask_sha256"],
         )
 
 
@@ -139,15 +144,20 @@ def survey(
     probe: looks at a picture, in any thread, in place of `pictures.probe`; for who wants more of
     it than a record has.
     """
-    root = Path(data.path).expanduser()
-    found = folder.listing(root)
+    root = Path(data.path)
+    found, mask_files = masks.split(folder.listing(root))
     gathered = sources.gather(root, found)
     if not found.pictures and not gathered.drafts and not gathered.faults:
         raise DataError(f"{root}: no pictures in this folder ({formats.ADVICE})")
     names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
+    faults, notes = list(gathered.faults), list(gathered.notes)
+    if data.mask != "files":
+        text = "a mask, not used: data.mask is not 'files'"
+        notes += [Note(name, text) for name in mask_files.values()]
+        mask_files = {}
+    names |= dict.fromkeys(mask_files.values())
     look = probe or (lambda path: pictures.probe(path, proven=proven))
     probes = _probe_all(root, list(names), look, progress=progress)
-    faults, notes = list(gathered.faults), list(gathered.notes)
     for name, seen in probes.items():
         if isinstance(seen, PictureError):
             faults.append(Fault(name, seen.reason, skippable=True))
@@ -156,7 +166,9 @@ def survey(
     records = [
         record
         for draft in gathered.drafts
-        if (record := _record(draft, root=root, probes=probes, data=data, faults=faults))
+        if (
+            record := _record(draft, probes=probes, mask_files=mask_files, data=data, faults=faults)
+        )
     ]
     return Collection(
         Records(_table(records, root=root), root=root),
@@ -188,8 +200,8 @@ def _probe_all(
 def _record(
     draft: Draft,
     *,
-    root: Path,
     probes: dict[str, Probe | PictureError],
+    mask_files: dict[str, str],
     data: DataConfig,
     faults: list[Fault],
 ) -> Record | None:
@@ -205,6 +217,11 @@ def _record(
         faults.append(Fault(where, f"{error}{hint}", skippable=target is None))
     if target is None:
         return None
+    mask = None
+    if name := mask_files.get(folder.stem(draft.name)):
+        mask = _fitting_mask(name, target, draft=draft, probes=probes, faults=faults)
+        if mask is None:
+            return None
     references = [probe for n in draft.references if isinstance(probe := probes[n], Probe)]
     return Record(
         target=target.path,
@@ -217,7 +234,29 @@ def _record(
         sha256=target.sha256,
         reference_sha256=tuple(probe.sha256 for probe in references),
         reference_sizes=tuple((probe.width, probe.height) for probe in references),
+        mask=mask and mask.path,
+        mask_sha256=mask and mask.sha256,
     )
+
+
+def _fitting_mask(
+    name: str,
+    target: Probe,
+    *,
+    draft: Draft,
+    probes: dict[str, Probe | PictureError],
+    faults: list[Fault],
+) -> Probe | None:
+    """The mask's probe, if it can be read and is of the picture's size."""
+    mask = probes[name]
+    if isinstance(mask, PictureError):
+        faults.append(Fault(draft.name, f"its mask {name} can't be used", skippable=True))
+        return None
+    if (mask.width, mask.height) != (target.width, target.height):
+        sizes = f"{mask.width}x{mask.height}, the picture {target.width}x{target.height}"
+        faults.append(Fault(name, f"a mask of another size than its picture: {sizes}"))
+        return None
+    return mask
 
 
 def _fit_for_training(
@@ -258,12 +297,15 @@ def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":
             "references": List(text),
             "reference_sha256": List(text),
             "reference_sizes": List(List(size, length=2)),
+            "mask": text,
+            "mask_sha256": text,
         }
     )
     columns = {name: [getattr(record, name) for record in records] for name in features}
     columns["references"] = [
         [path.relative_to(root).as_posix() for path in record.references] for record in records
     ]
+    columns["mask"] = [r.mask and r.mask.relative_to(root).as_posix() for r in records]
     return Dataset.from_dict(columns, features=features)
 
 
@@ -271,5 +313,6 @@ def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256(b"kindling records 1\n")
     for record in records:
         facts = [record.sha256, record.caption, record.reference_sha256]
+        facts += [record.mask_sha256] if record.mask_sha256 else []
         digest.update(json.dumps(facts, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()

@@ -50,12 +50,18 @@ class Row:
     """A record with all that is known of it."""
 
     record: Record
-    placement: Placement
+    placements: tuple[Placement, ...]
+    """At each resolution."""
     measures: Measures
     tokens: int | None
     """Of the caption with its template; None where they weren't counted."""
     marks: tuple[str, ...]
     """Keys of MARKS."""
+
+    @property
+    def placement(self) -> Placement:
+        """The largest."""
+        return max(self.placements, key=lambda place: place.geometry.tokens)
 
     @property
     def effective(self) -> tuple[int, int]:
@@ -123,6 +129,11 @@ class Report:
         return not self.rows or any(not (skip and fault.skippable) for fault in faults)
 
     @property
+    def resolutions(self) -> str:
+        """As text."""
+        return ", ".join(map(str, self.data.resolutions))
+
+    @property
     def trigger(self) -> str:
         """The trigger, or nothing."""
         return (self.data.trigger or "").strip()
@@ -140,23 +151,24 @@ class Report:
     def buckets(self) -> list[BucketRow]:
         """Fullest first."""
         size = self.schedule.batch_size
-        groups: dict[Geometry, list[Row]] = defaultdict(list)
+        groups: dict[Geometry, list[tuple[Record, Placement]]] = defaultdict(list)
         for row in self.rows:
-            groups[row.placement.geometry].append(row)
+            for place in row.placements:
+                groups[place.geometry].append((row.record, place))
         table = []
-        for geometry, rows in groups.items():
+        for geometry, members in groups.items():
             # a batch shares the sizes of its references, too
-            counts = Counter(_reference_geometries(row.record) for row in rows)
+            counts = Counter(_reference_geometries(record) for record, _ in members)
             showings = [count * self.data.repeats for count in counts.values()]
             table.append(
                 BucketRow(
                     geometry,
-                    pictures=len(rows),
+                    pictures=len(members),
                     showings=sum(showings),
                     batches=sum(-(-count // size) for count in showings),
                     partial=tuple(count % size for count in showings if count % size),
-                    crop=max(row.placement.crop for row in rows),
-                    scale=max(row.placement.scale for row in rows),
+                    crop=max(place.crop for _, place in members),
+                    scale=max(place.scale for _, place in members),
                 )
             )
         return sorted(table, key=lambda row: (-row.pictures, row.geometry))
@@ -189,6 +201,7 @@ def build(
     """Put together what was read (`collection`) and what was seen (`measures`, by sha256)."""
     records = list(collection.records)
     seen = [measures[record.sha256] for record in records]
+    each = len(data.resolutions)
     places = buckets.plan(records, data=data).placements
     twins = _groups(record.sha256 for record in records)
     alike = examine.alike(seen)
@@ -199,14 +212,15 @@ def build(
         "repeated": {index for group in same for index in group},
     }
     rows = []
-    for index, (record, place, look) in enumerate(zip(records, places, seen, strict=True)):
+    for index, (record, look) in enumerate(zip(records, seen, strict=True)):
+        here = places[index * each : (index + 1) * each]
         count = (tokens.counts or {}).get(record.caption)
         marks = {mark for mark, members in in_groups.items() if index in members}
-        marks |= _marks(record, place, look, data)
+        marks |= _marks(record, here, look, data)
         if count is not None and count > tokens.limit:
             marks.add("truncated")
         ordered = tuple(mark for mark in MARKS if mark in marks)
-        rows.append(Row(record, place, look, count, ordered))
+        rows.append(Row(record, here, look, count, ordered))
     return Report(data, schedule, collection, rows, tokens, twins, alike, same)
 
 
@@ -266,6 +280,7 @@ def _record_facts(row: Row) -> dict:
         "height": record.height,
         "sha256": record.sha256,
         **asdict(row.placement),
+        "placements": [asdict(place) for place in row.placements],
         "effective": row.effective,
         "tokens": row.tokens,
         "marks": row.marks,
@@ -274,17 +289,20 @@ def _record_facts(row: Row) -> dict:
     }
 
 
-def _marks(record: Record, place: Placement, look: Measures, data: DataConfig) -> set[str]:
+def _marks(
+    record: Record, places: Sequence[Placement], look: Measures, data: DataConfig
+) -> set[str]:
     """What stands out in a record by itself."""
     trigger = (data.trigger or "").strip()
-    full = buckets.MIN_FILL * data.resolution**2
+    full = [buckets.MIN_FILL * resolution**2 for resolution in data.resolutions]
+    areas = [place.geometry.width * place.geometry.height for place in places]
     found = {
         "soft": look.soft,
         "dark": look.dark,
         "bright": look.bright,
-        "enlarged": place.scale > 1,
-        "small": place.geometry.width * place.geometry.height < full,
-        "cropped": place.crop > 0.1,
+        "enlarged": any(place.scale > 1 for place in places),
+        "small": any(area < least for area, least in zip(areas, full, strict=True)),
+        "cropped": any(place.crop > 0.1 for place in places),
         "uncaptioned": not record.caption,
         "untriggered": bool(trigger and record.caption)
         and not captions.has_trigger(record.caption, trigger=trigger),

@@ -20,8 +20,10 @@ from train import flow, latents, lora, optim, randomness
 from train.base import DTYPES, FAMILIES, Base
 from train.batch import Batch
 from train.cache import Cache
+from train.checkpoint import Origin
 from train.config import Config
-from train.data import Example, Loader, Order
+from train.data import Example, Loader
+from train.order import Mixture, Order
 from train.track import Tracker
 from train.trainer import Previews, Trainer
 
@@ -81,11 +83,11 @@ class Job:
         return model.train()
 
 
-def stored_data(job: Job, config: Config) -> tuple[Order, Loader]:
+def stored_data(job: Job, config: Config) -> tuple[Mixture, Loader]:
     """Four batches of random latents and prompts in a cache on disk, as encoding leaves them."""
     cache = Cache(Path(config.output) / "cache")
     generator = torch.Generator().manual_seed(0)
-    pixels = config.data.resolution
+    (pixels,) = config.data.resolutions
     side = pixels // 16
     examples = []
     for number in range(4 * job.batch):
@@ -95,15 +97,12 @@ def stored_data(job: Job, config: Config) -> tuple[Order, Loader]:
         cache.put(f"a{name}", {"latents": picture}, notes={})
         cache.put(f"b{name}", {"text": text.to(DTYPES[job.dtype])}, notes={})
         examples.append(Example(str(number), (f"a{name}",), None, f"b{name}", ((pixels, pixels),)))
-    order = Order(examples, repeats=1, batch_size=job.batch, seed=config.seed)
-    loader = Loader(
-        examples, empty_text=None, cache=cache, flow=config.flow, caption_dropout=0, seed=0
-    )
-    return order, loader
+    order = Mixture([Order(examples, batch_size=job.batch, seed=config.seed)], shares=[1])
+    return order, Loader(examples, empty_text=None, cache=cache, flow=config.flow, seed=0)
 
 
 def kindling_steps(
-    job: Job, config: Config, *, order: Order, loader: Loader, accelerator: Accelerator
+    job: Job, config: Config, *, order: Mixture, loader: Loader, accelerator: Accelerator
 ) -> Iterator[None]:
     """Kindling's own path: reading, noise, loss, gradients, clipping, optimizer, metrics."""
     folder = Path(config.output)
@@ -129,7 +128,7 @@ def kindling_steps(
         previews=Previews([], None, folder),
         tracker=tracker,
         folder=folder,
-        data_digest="",
+        origin=Origin(data="", base=""),
     )
     for done, batch in enumerate(trainer.batches(0, config.train.steps), start=1):
         trainer.step(done, batch)
@@ -138,7 +137,7 @@ def kindling_steps(
 
 
 def bare_steps(
-    job: Job, config: Config, *, order: Order, loader: Loader, device: torch.device
+    job: Job, config: Config, *, order: Mixture, loader: Loader, device: torch.device
 ) -> Iterator[torch.Tensor]:
     """The least that trains the same: forward, backward, clipping and optimizer; yields losses.
 

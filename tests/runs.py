@@ -37,9 +37,7 @@ def make_pictures(folder: Path, *, sizes: Sequence[tuple[int, int]] = (SQUARE,) 
     return folder
 
 
-def settings(
-    folder: Path, *, model: Path, pictures: Path, **sections: dict[str, Any]
-) -> dict[str, Any]:
+def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> dict[str, Any]:
     """A config's contents: 4 fast fp32 steps in `folder`; `sections` change single settings."""
     tree: dict[str, Any] = {
         "name": "tiny",
@@ -54,11 +52,11 @@ def settings(
         "export": {"dtype": "fp32"},
     }
     for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section}
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return tree
 
 
-def make_config(folder: Path, *, model: Path, pictures: Path, **sections: dict[str, Any]) -> Config:
+def make_config(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> Config:
     """The same, as a Config."""
     return Config.model_validate(settings(folder, model=model, pictures=pictures, **sections))
 

@@ -204,7 +204,7 @@ def _read_index(source: str, revision: str | None) -> tuple[dict[str, Any], str 
                 f"base.model: {source} has no model_index.json. It must be a diffusers folder; "
                 "a single .safetensors file isn't one."
             )
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+    elif source.startswith((".", "/")) or source.count("/") != 1:
         known = ", ".join(NAMED_BASES)
         raise ConfigError(
             f"base.model: there is no folder {source}, and it isn't a hub repository "

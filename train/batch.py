@@ -18,6 +18,8 @@ class Batch:
     """Normalised, fp32."""
     noise_BDhw: Tensor
     """Standard normal, fp32; never normalised."""
+    weight_Bhw: Tensor
+    """What the loss of each patch counts for, fp32; 1 where nothing says otherwise."""
     sigma_B: Tensor
     """Noise levels in (0, 1], fp32."""
     text_BLJ: Tensor
@@ -36,6 +38,7 @@ class Batch:
         return Batch(
             latents_BDhw=move(self.latents_BDhw),
             noise_BDhw=move(self.noise_BDhw),
+            weight_Bhw=move(self.weight_Bhw),
             sigma_B=move(self.sigma_B),
             text_BLJ=move(self.text_BLJ),
             references=tuple(move(reference) for reference in self.references),

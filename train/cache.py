@@ -18,6 +18,9 @@ from torch import Tensor
 
 from train.errors import CheckpointError
 
+DIGESTS = "digests.json"
+"""In a cache's folder: the memo of `FileDigests`."""
+
 FORMAT = 1
 """Raise it when the meaning of an entry changes; old entries are then never read again."""
 

@@ -25,6 +25,16 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run is made of; a resumed run must have the same."""
+
+    data: str
+    """Digest of the data set."""
+    base: str
+    """Digest of the base's weights: transformer, VAE and text encoder."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands and what it is a run of."""
 
@@ -32,8 +42,7 @@ class Progress:
     """Optimizer steps done."""
     config: dict[str, Any]
     """The resolved config."""
-    data: str
-    """Digest of the data set."""
+    origin: Origin
     world: int
     """Processes that trained it."""
 
@@ -110,8 +119,9 @@ def load(path: Path) -> Checkpoint:
         end = f".{kind}.weight"
         return {n.removesuffix(end): tensor for n, tensor in tensors.items() if n.endswith(end)}
 
+    progress = facts["progress"]
     return Checkpoint(
-        progress=Progress(**facts["progress"]),
+        progress=Progress(**progress | {"origin": Origin(**progress["origin"])}),
         adapter=Adapter(weights("lora_A"), weights("lora_B"), facts["rank"], facts["alpha"]),
         optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
     )

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from train import checkpoint, config_load, encode, export, sample
 from train.base import Base, resolve
 from train.board import board
-from train.cache import Cache, FileDigests
+from train.cache import DIGESTS, Cache, FileDigests
 from train.config import Config
 from train.encode import Keys
 from train.errors import CheckpointError, ConfigError
 from train.export_run import CONFIG
-from train.sample import Request
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,15 @@ def draw_all(
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = Cache(Path(config.cache))
-    keys = Keys.of(base, digests=FileDigests(cache.root / "digests.json"))
+    keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
     encode.encode_prompts(base, [*prompts, ""], keys=keys, cache=cache, device=device)
     preview = config.preview
-    requests = [
-        Request(
-            cache.get(keys.prompt(prompt))["text"],
-            seed=preview.seed + seed,
-            width=preview.width or config.data.resolution,
-            height=preview.height or config.data.resolution,
-        )
-        for prompt in prompts
-        for seed in range(seeds)
-    ]
+    requests = sample.requests(
+        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts for _ in range(seeds)],
+        preview=preview,
+        resolution=max(config.data.resolutions),
+        seeds=[*range(seeds)] * len(prompts),
+    )
     transformer = base.load_transformer(device)
     empty = cache.get(keys.prompt(""))["text"]
     drawn = []
@@ -111,7 +106,10 @@ def _load(base: Base, transformer: Any, column: Column) -> None:
     if column.file is not None:
         pipeline: Any = base.pipeline(transformer=transformer)
         pipeline.load_lora_weights(
-            str(column.file.parent), weight_name=column.file.name, adapter_name="compared"
+            str(column.file.parent),
+            weight_name=column.file.name,
+            adapter_name="compared",
+            use_safetensors=True,
         )
         transformer.set_adapters("compared", column.strength)
 

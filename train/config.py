@@ -4,11 +4,20 @@ Owns what a valid config is, alone and across fields. Doesn't read files (`confi
 doesn't know torch. A module receives its own section, never the root.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 PIXEL_MULTIPLE = 16
@@ -24,6 +33,8 @@ Pixels = Annotated[int, Field(ge=64, le=2048, multiple_of=PIXEL_MULTIPLE)]
 Text = Annotated[
     str, Field(pattern=r"\S", json_schema_extra={"patternErrorMessage": "text, not empty"})
 ]
+Home = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path in which ~ may stand for the user's home."""
 FileName = Annotated[
     str,
     Field(
@@ -65,7 +76,7 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The frozen model that the adapter is trained on."""
 
-    model: Text = "dev"
+    model: Home = "dev"
     """dev, klein-4b, klein-9b, toy, a folder in diffusers' layout, or a hub repository."""
     revision: Text | None = None
     """Commit, branch or tag of a hub repository; none means its main branch."""
@@ -78,7 +89,7 @@ class BaseConfig(Section):
 class DataConfig(Section):
     """Pictures and captions, and how they are sized."""
 
-    path: Text
+    path: Home
     """Folder of pictures with .txt captions beside them, or with a metadata.jsonl. A relative
     path starts at the current directory, not at the config."""
     trigger: Text | None = None
@@ -90,8 +101,12 @@ class DataConfig(Section):
     """What to do with a picture that has no caption: stop, or caption it with the trigger alone."""
     bad_pictures: Literal["error", "skip"] = "error"
     """What to do with a picture that can't be used: stop and list all, or skip it and report it."""
-    resolution: Pixels = 1024
-    """Target area of a bucket: about resolution x resolution pixels."""
+    resolution: Pixels | tuple[Pixels, ...] = 1024
+    """Target area of a bucket: about resolution x resolution pixels. A list trains every picture at
+    each of them, such as [512, 768, 1024]; an epoch is then as many times longer."""
+    equal_tokens: bool = False
+    """Buckets of a resolution all have the same number of tokens, so that a compiled model sees one
+    shape; there are fewer of them, so more is cropped."""
     max_upscale: Annotated[float, Field(ge=1.0, le=4.0)] = 1.0
     """Largest enlargement of a picture; a smaller picture gets a smaller bucket instead."""
     max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = 3.0
@@ -102,6 +117,35 @@ class DataConfig(Section):
     """Mirror half of the showings left to right. Never for text, logos or one-sided characters."""
     caption_dropout: Fraction = 0.05
     """Fraction of the showings that use the empty prompt instead of the caption."""
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Which part of a picture is learnt. alpha: its opaque part. files: where the grey picture
+    NAME.mask.png beside it is white; a picture without one counts everywhere."""
+    mask_floor: Fraction = 0.1
+    """What masked-out parts still count for, against 1 for the rest."""
+    loss_weight: Positive = 1.0
+    """What a picture's loss counts for; below 1 for regularisation pictures."""
+    share: Positive | None = None
+    """Of the pictures shown, this set's part against the shares of the other sets in more_data, at
+    any step. None: by its pictures times repeats, so that all sets end their epochs together."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All of them, one or more."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolutions_differ(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, tuple) and len(set(value)) != max(1, len(value)):
+            fault = "names one size twice" if value else "the list of sizes is empty"
+            raise PydanticCustomError("conflict", "{text}", {"text": fault})
+        return value
+
+    @model_validator(mode="after")
+    def _mask_is_there(self) -> Self:
+        if self.mask == "none" and "mask_floor" in self._changed():
+            raise conflict({"mask_floor": "has no effect with mask: none; remove it"})
+        return self
 
     @model_validator(mode="after")
     def _trigger_is_there(self) -> Self:
@@ -257,9 +301,9 @@ class Config(Section):
 
     name: FileName
     """Name of the run, its folder and its adapter file."""
-    output: Text = "runs"
+    output: Home = "runs"
     """Folder that holds the runs. A relative path starts at the current directory."""
-    cache: Text = "cache"
+    cache: Home = "cache"
     """Folder that holds encoded pictures and captions, shared by all runs. A relative path starts
     at the current directory."""
     seed: Natural = 0
@@ -268,6 +312,8 @@ class Config(Section):
     """The frozen model."""
     data: DataConfig
     """Pictures and captions."""
+    more_data: tuple[DataConfig, ...] = ()
+    """Further data sets trained along with it: regularisation pictures, other subjects."""
     lora: LoraConfig = LoraConfig()
     """The adapter's size, and where it attaches."""
     flow: FlowConfig = FlowConfig()
@@ -283,9 +329,19 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     """The adapter file."""
 
+    @property
+    def sets(self) -> tuple[DataConfig, ...]:
+        """All data sets, the main one first."""
+        return (self.data, *self.more_data)
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         problems = {}
+        shares = [data.share for data in self.sets]
+        if not self.more_data and self.data.share is not None:
+            problems["data.share"] = "has no effect without more_data; remove it"
+        elif None in shares and any(shares):
+            problems["data"] = "share must be set in data and in all of more_data, or in none"
         if self.optim.warmup >= self.train.steps:
             problems["optim.warmup"] = (
                 f"is {self.optim.warmup} but train.steps is {self.train.steps}: "
@@ -329,6 +385,8 @@ def _number(schema: Mapping[str, Any]) -> str:
 
 def _list(schema: Mapping[str, Any]) -> str:
     count, item = schema.get("minItems"), schema.get("items") or schema["prefixItems"][0]
+    if "$ref" in item:
+        return "a list of sections"
     return f"a list of {count}, each {allowed(item)}" if count else f"a list of {allowed(item)}"
 
 

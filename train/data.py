@@ -1,14 +1,11 @@
-"""Which pictures come when, and a position in that order to a batch.
+"""From showings to batches: reads the cache, draws the noise, reads one step ahead.
 
-The order is a function of the seed and the position, so a run resumes anywhere without any state,
-and every process knows what the others do. Reads the cache; decodes and encodes nothing.
+All that is random is a function of the seed and the showing. Decodes and encodes nothing.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -17,9 +14,22 @@ from train import flow, randomness
 from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
+from train.order import Mixture, Showing
 
 A = TypeVar("A")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the examples of a data set are shown; one for all of them."""
+
+    caption_dropout: float = 0.0
+    """Fraction of showings with the empty prompt."""
+    weight: float = 1.0
+    """What a picture's loss counts for."""
+    mask_floor: float = 1.0
+    """What masked-out parts count for, against 1 for the rest."""
 
 
 @dataclass(frozen=True)
@@ -36,57 +46,11 @@ class Example:
     """Entry of the caption."""
     geometry: tuple[tuple[int, int], ...]
     """Pixels (width, height) of the target and of each reference: a batch has one geometry."""
-
-
-@dataclass(frozen=True)
-class Showing:
-    """One appearance of an example: the key to everything random about it."""
-
-    epoch: int
-    example: int
-    repeat: int
-
-
-class Order:
-    """The endless sequence of batches. Every epoch shows each example `repeats` times.
-
-    An epoch's showings are shuffled, and each joins the open batch of its geometry; batches come in
-    the order of their first showing, those that don't fill included. Nothing is dropped or padded.
-    So with one geometry, two batches of one hold what one batch of two would.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], *, repeats: int, batch_size: int, seed: int
-    ) -> None:
-        self._examples = examples
-        self._repeats = repeats
-        self._batch_size = batch_size
-        self._seed = seed
-        groups = Counter(example.geometry for example in examples)
-        self.epoch_length = sum(-(-count * repeats // batch_size) for count in groups.values())
-        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
-
-    def __getitem__(self, position: int) -> list[Showing]:
-        """The batch at a position, counted from the first epoch's first."""
-        epoch, index = divmod(position, self.epoch_length)
-        return self._epoch(epoch)[index]
-
-    def _shuffled_epoch(self, epoch: int) -> list[list[Showing]]:
-        showings = [
-            Showing(epoch, example, repeat)
-            for example in range(len(self._examples))
-            for repeat in range(self._repeats)
-        ]
-        batches: list[list[Showing]] = []
-        filling: dict[tuple, list[Showing]] = {}
-        for showing in randomness.shuffled(showings, self._seed, "order", epoch):
-            geometry = self._examples[showing.example].geometry
-            batch = filling.get(geometry)
-            if batch is None or len(batch) == self._batch_size:
-                batch = filling[geometry] = []
-                batches.append(batch)
-            batch.append(showing)
-        return batches
+    rules: Rules = Rules()
+    repeats: int = 1
+    """How often an epoch shows it."""
+    mask: tuple[str, str | None] | None = None
+    """Entries of the mask and of its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +62,6 @@ class Loader:
     """Entry of the empty prompt, which replaces a dropped caption."""
     cache: Cache
     flow: FlowConfig
-    caption_dropout: float
     seed: int
 
     def __call__(self, showings: Sequence[Showing]) -> Batch:
@@ -123,21 +86,36 @@ class Loader:
         return Batch(
             latents_BDhw=clean,
             noise_BDhw=torch.stack(noise),
+            weight_Bhw=torch.stack([row[2] for row in rows]),
             sigma_B=torch.stack(sigma),
             text_BLJ=torch.stack([row[1] for row in rows]),
             references=tuple(pictures[1:]),
             names=tuple(self.examples[s.example].name for s in showings),
         )
 
-    def _row(self, showing: Showing) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _row(self, showing: Showing) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Latents of the pictures, text, and loss weights of one showing."""
         example = self.examples[showing.example]
         key = (self.seed, showing.epoch, showing.example, showing.repeat)
         flip = example.mirrored is not None and randomness.fraction("flip", *key) < 0.5
-        drop = randomness.fraction("caption", *key) < self.caption_dropout
+        drop = randomness.fraction("caption", *key) < example.rules.caption_dropout
         names = example.mirrored if flip and example.mirrored else example.pictures
         text = self.empty_text if drop and self.empty_text else example.text
         latents = [self.cache.get(name)["latents"] for name in names]
-        return latents, self.cache.get(text)["text"]
+        return latents, self.cache.get(text)["text"], self._weight(example, latents[0], flip=flip)
+
+    def _weight(self, example: Example, latents_Dhw: torch.Tensor, *, flip: bool) -> torch.Tensor:
+        """(h, w): the mask above its floor, of mean 1, times the data set's weight.
+
+        Of mean 1, so that a small subject is learnt as hard as one that fills the picture.
+        """
+        if example.mask is None:
+            return torch.full(latents_Dhw.shape[1:], example.rules.weight)
+        name = example.mask[flip]
+        assert name is not None
+        floor = example.rules.mask_floor
+        weight = floor + (1 - floor) * self.cache.get(name)["mask"]
+        return weight * (example.rules.weight / weight.mean())
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ class Portion:
 
 
 def portions(
-    order: Order,
+    order: Mixture,
     load: Callable[[Sequence[Showing]], Batch],
     *,
     steps: Iterable[int],

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools import pictures
+from data_tools import masks, pictures
 from data_tools.buckets import Geometry
 from train import latents
 from train.base import MAX_TEXT_TOKENS, Base, max_text_tokens
 from train.cache import Cache, FileDigests, key
+from train.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which part of a picture is learnt: a file as tall and wide as it, or the alpha of its own."""
+
+    path: Path
+    sha256: str
+    geometry: Geometry
+    alpha: bool
+    flip: bool = False
+
+
+@dataclass(frozen=True)
 class Keys:
     """Names of cache entries for one base: they change with its VAE and its text encoder."""
 
@@ -44,10 +56,15 @@ class Keys:
     @classmethod
     def of(cls, base: Base, *, digests: FileDigests) -> "Keys":
         """Read the digests of the base's files; the first time for a base this reads them all."""
+        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
         text = [digests.folder(base.folder(part)) for part in ("text_encoder", "tokenizer")]
         family = base.family
+        system = SYSTEM_MESSAGE if family.name == "dev" else None  # stands before every prompt
         facts = (*family.text_layers, family.padding_side, MAX_TEXT_TOKENS, str(base.dtype), *text)
-        return cls(digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts))
+        return cls(
+            digests.folder(base.folder("vae")), key(kind="text encoder", facts=facts, system=system)
+        )
 
     def picture(self, picture: Picture) -> str:
         """The entry of a picture: `latents` (D, h, w), fp32, normalised."""
@@ -58,6 +75,17 @@ class Keys:
             width=picture.geometry.width,
             height=picture.geometry.height,
             flip=picture.flip,
+        )
+
+    def mask(self, mask: Mask) -> str:
+        """The entry of a mask: `mask` (h, w), fp32, the share of each patch that is learnt."""
+        return key(
+            kind="mask",
+            picture=mask.sha256,
+            alpha=mask.alpha,
+            width=mask.geometry.width,
+            height=mask.geometry.height,
+            flip=mask.flip,
         )
 
     def prompt(self, prompt: str) -> str:
@@ -124,6 +152,24 @@ def encode_prompts(
             cache.put(name, entry, notes={"tokens": tokens, "limit": str(limit)})
         del pipeline
         _free()
+    return len(missing)
+
+
+def encode_masks(
+    wanted: Sequence[Mask], *, keys: Keys, cache: Cache, share: tuple[int, int] = (0, 1)
+) -> int:
+    """Store the masks of this share that the cache lacks; returns how many those were.
+
+    Raises DataError for a mask that leaves nothing of what its picture's crop shows.
+    """
+    missing = _missing({keys.mask(mask): mask for mask in wanted}, cache, share)
+    for name, mask in _progress(missing, "encode masks", share):
+        parts = masks.shares(masks.load(mask.path, alpha=mask.alpha), mask.geometry)
+        if not parts.any():
+            raise DataError(f"{mask.path}: its mask leaves nothing of the crop to {mask.geometry}")
+        parts = np.flip(parts, axis=1) if mask.flip else parts
+        entry = torch.from_numpy(np.ascontiguousarray(parts))
+        cache.put(name, {"mask": entry}, notes={"path": str(mask.path)})
     return len(missing)
 
 

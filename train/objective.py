@@ -49,7 +49,8 @@ def losses(
     dtype: torch.dtype,
     guidance: float | None,
 ) -> Tensor:
-    """Mean squared error of the velocity by picture, (B,), fp32."""
+    """Mean weighted squared error of the velocity by picture, (B,), fp32."""
     prediction = predict(transformer, batch, dtype=dtype, guidance=guidance)
     target = flow.velocity(batch.latents_BDhw, batch.noise_BDhw)
-    return (prediction - target).square().mean(dim=(1, 2, 3))
+    weighted = (prediction - target).square() * batch.weight_Bhw[:, None]
+    return weighted.mean(dim=(1, 2, 3))

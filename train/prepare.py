@@ -4,7 +4,7 @@ Owns which cache entries a run needs. After it, nothing looks at a picture again
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -15,20 +15,31 @@ from data_tools.buckets import REFERENCE_SIDE, Geometry, reference_geometry
 from data_tools.records import Collection, Record
 from train import encode
 from train.base import Base
-from train.cache import Cache, FileDigests
-from train.config import Config
-from train.data import Example
-from train.encode import Keys, Picture
+from train.cache import DIGESTS, Cache, FileDigests, key
+from train.config import Config, DataConfig
+from train.data import Example, Rules
+from train.encode import Keys, Mask, Picture
 from train.errors import DataError, bullet_list
+
+PROVEN = "decoded.txt"
+"""In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """One data set, read and placed."""
+
+    data: DataConfig
+    collection: Collection
+    plan: buckets.Plan
+    examples: list[Example]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What training needs of the data."""
 
-    collection: Collection
-    plan: buckets.Plan
-    examples: list[Example]
+    sets: tuple[PreparedSet, ...]
     cache: Cache
     keys: Keys
     encoded: int
@@ -38,48 +49,137 @@ class Prepared:
     read_at: float
     """When the pictures had been read and encoding began, Unix seconds."""
 
+    @property
+    def examples(self) -> list[Example]:
+        """Of all sets, in their order."""
+        return [example for one in self.sets for example in one.examples]
+
+    @property
+    def digest(self) -> str:
+        """Of all pictures and captions."""
+        digests = [one.collection.digest for one in self.sets]
+        return digests[0] if len(digests) == 1 else key(kind="data", sets=tuple(digests))
+
 
 def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared:
-    """Read the data set and encode what the cache lacks, each process its share.
+    """Read the data sets and encode what the cache lacks, each process its share.
 
     Raises DataError for pictures and captions that can't be used.
     """
     main = accelerator.is_main_process
-    collection = records.read(config.data, progress=main)
-    _check_references(collection)
-    plan = buckets.plan(collection.records, data=config.data)
-    read_at = time.time()
     cache = Cache(Path(config.cache))
+    proven = cache.root / PROVEN
+    collections = [records.read(data, proven=_lines(proven), progress=main) for data in config.sets]
+    for collection in collections:
+        _check_references(collection)
+    read_at = time.time()
+    if main:
+        _add_lines(proven, {digest for one in collections for digest in _digests(one)})
     with accelerator.main_process_first():
-        keys = Keys.of(base, digests=FileDigests(cache.root / "digests.json"))
-    shown = [
-        _pictures(record, placement.geometry)
-        for record, placement in zip(collection.records, plan.placements, strict=True)
+        keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
+    layouts = [
+        _layout(collection, data) for collection, data in zip(collections, config.sets, strict=True)
     ]
-    wanted = [picture for pictures in shown for picture in pictures]
-    if config.data.flip:
-        wanted += [_mirrored(picture) for picture in wanted]
-    captions = list(dict.fromkeys(record.caption for record in collection.records))
+    captions = [record.caption for collection in collections for record in collection.records]
     prompts = list(dict.fromkeys([*captions, "", *config.preview.prompts]))
-    share = (accelerator.process_index, accelerator.num_processes)
-    device = accelerator.device
-    encoded = encode.encode_pictures(
-        base, wanted, keys=keys, cache=cache, device=device, share=share
-    ) + encode.encode_prompts(base, prompts, keys=keys, cache=cache, device=device, share=share)
-    encoded = sum(gather_object([encoded]))  # waits for everyone too
+    encoded = _encode(
+        base,
+        [shown for layout in layouts for shown in layout.shown],
+        prompts,
+        keys=keys,
+        cache=cache,
+        accelerator=accelerator,
+    )
     return Prepared(
-        collection,
-        plan,
-        examples=[
-            _example(record, pictures, keys=keys, flip=config.data.flip)
-            for record, pictures in zip(collection.records, shown, strict=True)
-        ],
+        tuple(
+            PreparedSet(data, collection, layout.plan, _examples(layout, data, keys=keys))
+            for data, collection, layout in zip(config.sets, collections, layouts, strict=True)
+        ),
         cache=cache,
         keys=keys,
         encoded=encoded,
         truncated=encode.truncated(prompts, keys=keys, cache=cache),
         read_at=read_at,
     )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A record at one resolution, as it is to be encoded: its target and references, its mask."""
+
+    record: Record
+    pictures: list[Picture]
+    mask: Mask | None
+    flip: bool
+    """Mirrored, too."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data set's records with their sizes."""
+
+    plan: buckets.Plan
+    shown: list[Shown]
+
+
+def _layout(collection: Collection, data: DataConfig) -> Layout:
+    plan = buckets.plan(collection.records, data=data)
+    rows = [record for record in collection.records for _ in data.resolutions]
+    shown = [
+        Shown(
+            record,
+            _pictures(record, placement.geometry),
+            _mask(record, placement.geometry, data=data),
+            flip=data.flip,
+        )
+        for record, placement in zip(rows, plan.placements, strict=True)
+    ]
+    return Layout(plan, shown)
+
+
+def _encode(
+    base: Base,
+    shown: list[Shown],
+    prompts: list[str],
+    *,
+    keys: Keys,
+    cache: Cache,
+    accelerator: Accelerator,
+) -> int:
+    """Make the entries that the cache lacks, each process its share; how many those were in all."""
+    share = (accelerator.process_index, accelerator.num_processes)
+    pictures = [picture for one in shown for picture in one.pictures]
+    pictures += [replace(p, flip=True) for one in shown if one.flip for p in one.pictures]
+    masks = [one.mask for one in shown if one.mask]
+    masks += [replace(one.mask, flip=True) for one in shown if one.mask and one.flip]
+    device = accelerator.device
+    encoded = encode.encode_masks(masks, keys=keys, cache=cache, share=share)
+    encoded += encode.encode_pictures(
+        base, pictures, keys=keys, cache=cache, device=device, share=share
+    )
+    encoded += encode.encode_prompts(
+        base, prompts, keys=keys, cache=cache, device=device, share=share
+    )
+    return sum(gather_object([encoded]))  # waits for everyone too
+
+
+def _digests(collection: Collection) -> set[str]:
+    """Of all pictures of all records, references included."""
+    rows = collection.records
+    return {sha256 for row in rows for sha256 in (row.sha256, *row.reference_sha256)}
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
+def _add_lines(path: Path, lines: set[str]) -> None:
+    """Append what the file lacks; a line that a kill cut short matches nothing and does no harm."""
+    new = sorted(lines - _lines(path))
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in ["", *new]))
 
 
 def _check_references(collection: Collection) -> None:
@@ -105,15 +205,33 @@ def _pictures(record: Record, geometry: Geometry) -> list[Picture]:
     ]
 
 
-def _mirrored(picture: Picture) -> Picture:
-    return Picture(picture.path, picture.sha256, picture.geometry, flip=True)
+def _mask(record: Record, geometry: Geometry, *, data: DataConfig) -> Mask | None:
+    if data.mask == "alpha":
+        return Mask(record.target, record.sha256, geometry, alpha=True)
+    if record.mask is None:
+        return None
+    assert record.mask_sha256 is not None
+    return Mask(record.mask, record.mask_sha256, geometry, alpha=False)
 
 
-def _example(record: Record, pictures: list[Picture], *, keys: Keys, flip: bool) -> Example:
+def _examples(layout: Layout, data: DataConfig, *, keys: Keys) -> list[Example]:
+    rules = Rules(data.caption_dropout, data.loss_weight, data.mask_floor)
+    return [_example(shown, data, rules=rules, keys=keys) for shown in layout.shown]
+
+
+def _example(shown: Shown, data: DataConfig, *, rules: Rules, keys: Keys) -> Example:
+    pictures, mask = shown.pictures, None
+    if shown.mask:
+        mirrored = keys.mask(replace(shown.mask, flip=True)) if shown.flip else None
+        mask = (keys.mask(shown.mask), mirrored)
+    flipped = [replace(picture, flip=True) for picture in pictures]
     return Example(
-        name=record.name,
+        name=shown.record.name,
         pictures=tuple(keys.picture(picture) for picture in pictures),
-        mirrored=tuple(keys.picture(_mirrored(p)) for p in pictures) if flip else None,
-        text=keys.prompt(record.caption),
+        mirrored=tuple(keys.picture(picture) for picture in flipped) if shown.flip else None,
+        text=keys.prompt(shown.record.caption),
         geometry=tuple((p.geometry.width, p.geometry.height) for p in pictures),
+        rules=rules,
+        repeats=data.repeats,
+        mask=mask,
     )

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from train import checkpoint, config_load, export_run, loop, lora, randomness
+from train import checkpoint, config_load, export_run, loop, lora, randomness, sample
 from train.base import Base, resolve
-from train.checkpoint import Checkpoint
+from train.cache import DIGESTS, FileDigests, key
+from train.checkpoint import Checkpoint, Origin
 from train.config import Config
-from train.data import Loader, Order
+from train.data import Loader
 from train.errors import ConfigError, bullet_list
-from train.prepare import Prepared, prepare
-from train.sample import Request
+from train.order import Mixture, Order
+from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker
 from train.trainer import Previews, Trainer
 
@@ -26,14 +28,15 @@ FREE_TO_CHANGE = (
     "output",
     "cache",
     "data.path",  # the digest tells whether its contents changed
+    "more_data.*.path",
     "optim.lr",
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
-    "preview",
-    "track",
-    "export",
+    "preview.*",
+    "track.*",
+    "export.*",
 )
 """Settings that a resumed run may have otherwise; any other would make it another run."""
 
@@ -56,15 +59,16 @@ def run(config: Config, *, resume: bool) -> None:
     prepared = prepare(config, base, accelerator=accelerator)
     ends |= {"data": prepared.read_at, "encode": time.time()}
     say(describe(config, base, prepared, world=accelerator.num_processes))
-    if saved and saved.progress.data != prepared.collection.digest:
-        raise ConfigError(
-            f"{folder}: its pictures or captions changed since step {saved.progress.step}. "
-            "Put them back, or start a run of another name."
-        )
+    with accelerator.main_process_first():
+        origin = Origin(data=prepared.digest, base=base_digest(base, prepared))
+    if saved:
+        _same_origin(saved, origin, folder=folder)
     if accelerator.is_main_process:
         _write_facts(folder, config)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(config, base, prepared, accelerator=accelerator, saved=saved)
+    trainer, transformer = _build(
+        config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
+    )
     if accelerator.is_main_process:
         ends["load"] = time.time()
         (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
@@ -106,26 +110,18 @@ def _accelerator() -> Accelerator:
 
 def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> str:
     """What is about to be trained, for the console."""
-    collection, train = prepared.collection, config.train
+    train = config.train
     effective = train.batch_size * train.accumulate * world
-    order = _order(config, prepared)
-    epochs = train.steps * train.accumulate * world / order.epoch_length
-    buckets = ", ".join(f"{b.geometry} × {b.pictures}" for b in prepared.plan.buckets)
-    lines = [
-        f"base: {base.name} ({base.family.name}, {config.base.dtype})",
-        f"data: {len(prepared.examples)} pictures in {config.data.path}; buckets {buckets}",
+    passes = _order(config, prepared).passes(train.steps * train.accumulate * world)
+    lines = [f"base: {base.name} ({base.family.name}, {config.base.dtype})"]
+    for one, times in zip(prepared.sets, passes, strict=True):
+        lines += _describe_set(one, passes=times)
+    lines += [
         f"steps: {train.steps} of {effective} pictures ({train.batch_size} a batch, "
-        f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''}), "
-        f"{epochs:.1f} passes over the data",
+        f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''})",
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
     ]
-    skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
-    if skipped:
-        lines.append(bullet_list(f"skipped {len(skipped)} pictures:", skipped))
-    if collection.notes:
-        notes = [f"{note.path}: {note.text}" for note in collection.notes]
-        lines.append(bullet_list("notes:", notes))
-    sources = {record.caption: record.caption_source for record in collection.records}
+    sources = {r.caption: r.caption_source for one in prepared.sets for r in one.collection.records}
     cut = [
         f"{sources.get(text, 'preview prompt')}: {tokens} tokens, the limit is {limit}"
         for text, (tokens, limit) in prepared.truncated.items()
@@ -133,6 +129,21 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
     if cut:
         lines.append(bullet_list("too long; the end of these is lost, closing tag included:", cut))
     return "\n".join(lines)
+
+
+def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
+    """What is trained of a data set, and what was odd about it."""
+    collection = one.collection
+    sizes = ", ".join(f"{b.geometry} × {b.pictures}" for b in one.plan.buckets)
+    count = len(collection.records)
+    lines = [f"data: {count} pictures in {one.data.path}, {passes:.1f} passes; buckets {sizes}"]
+    skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
+    if skipped:
+        lines.append(bullet_list(f"skipped {len(skipped)} pictures:", skipped))
+    if collection.notes:
+        notes = [f"{note.path}: {note.text}" for note in collection.notes]
+        lines.append(bullet_list("notes:", notes))
+    return lines
 
 
 def _find_saved(
@@ -167,6 +178,28 @@ def _find_saved(
     return saved
 
 
+def base_digest(base: Base, prepared: Prepared) -> str:
+    """Digest of all weights that a run depends on; reads a local transformer once."""
+    digests = FileDigests(prepared.cache.root / DIGESTS)
+    transformer = digests.folder(base.folder("transformer"))
+    return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
+
+
+def _same_origin(saved: Checkpoint, origin: Origin, *, folder: Path) -> None:
+    """Raises ConfigError if a checkpoint is of other data or of another base."""
+    was = saved.progress.origin
+    changed = {
+        "pictures or captions": was.data != origin.data,
+        "base model's files": was.base != origin.base,
+    }
+    names = " and ".join(name for name, differs in changed.items() if differs)
+    if names:
+        raise ConfigError(
+            f"{folder}: its {names} changed since step {saved.progress.step}. "
+            "Put them back, or start a run of another name."
+        )
+
+
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """`key: old -> new` for each setting that differs and isn't free to change."""
     old, new = _flat(before), _flat(after)
@@ -174,27 +207,33 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        and not any(fnmatchcase(key, free) for free in FREE_TO_CHANGE)
     ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value, start=1)}
         if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{key}.")
+            leaves |= _flat(value, f"{prefix}{name}.")
         else:
-            leaves[prefix + key] = value
+            leaves[prefix + name] = value
     return leaves
 
 
-def _order(config: Config, prepared: Prepared) -> Order:
-    return Order(
-        prepared.examples,
-        repeats=config.data.repeats,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-    )
+def _order(config: Config, prepared: Prepared) -> Mixture:
+    orders: list[Order] = []
+    first = 0
+    for one in prepared.sets:
+        size, seed = config.train.batch_size, config.seed
+        orders.append(Order(one.examples, batch_size=size, seed=seed, first=first))
+        first += len(one.examples)
+    shares = [
+        one.data.share or order.pictures for one, order in zip(prepared.sets, orders, strict=True)
+    ]
+    return Mixture(orders, shares=shares)
 
 
 def _build(
@@ -203,6 +242,7 @@ def _build(
     prepared: Prepared,
     *,
     accelerator: Accelerator,
+    origin: Origin,
     saved: Checkpoint | None,
 ) -> tuple[Trainer, Any]:
     """The trainer, restored if there is something to restore, and its transformer."""
@@ -234,13 +274,12 @@ def _build(
             empty_text=keys.prompt(""),
             cache=cache,
             flow=config.flow,
-            caption_dropout=config.data.caption_dropout,
             seed=config.seed,
         ),
         previews=_previews(config, prepared, folder=folder / "previews"),
         tracker=tracker,
         folder=folder,
-        data_digest=prepared.collection.digest,
+        origin=origin,
     )
     if saved:
         trainer.restore(saved)
@@ -248,16 +287,13 @@ def _build(
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
-    cache, keys, preview = prepared.cache, prepared.keys, config.preview
-    requests = [
-        Request(
-            cache.get(keys.prompt(prompt))["text"],
-            seed=preview.seed + number,
-            width=preview.width or config.data.resolution,
-            height=preview.height or config.data.resolution,
-        )
-        for number, prompt in enumerate(preview.prompts)
-    ]
+    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
+    requests = sample.requests(
+        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts],
+        preview=config.preview,
+        resolution=max(config.data.resolutions),
+        seeds=range(len(prompts)),
+    )
     return Previews(requests, cache.get(keys.prompt(""))["text"], folder)
 
 

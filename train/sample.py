@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.base import Base
+from train.config import PreviewConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,24 @@ class Request:
     seed: int
     width: int
     height: int
+
+
+def requests(
+    texts: Sequence[Tensor], *, preview: PreviewConfig, resolution: int, seeds: Sequence[int]
+) -> list[Request]:
+    """One for each text and its seed, counted from the config's, at the previews' size.
+
+    resolution: side of the square where the config sets no size.
+    """
+    return [
+        Request(
+            text,
+            seed=preview.seed + seed,
+            width=preview.width or resolution,
+            height=preview.height or resolution,
+        )
+        for text, seed in zip(texts, seeds, strict=True)
+    ]
 
 
 @torch.no_grad()

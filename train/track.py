@@ -5,6 +5,7 @@ Each line of metrics.jsonl is one optimizer step. Nothing else prints while trai
 
 import json
 import os
+import secrets
 import sys
 import time
 from datetime import timedelta
@@ -17,6 +18,7 @@ from train.config import TrackConfig
 from train.errors import MachineError
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb-id.txt"
 
 
 class Tracker:
@@ -91,6 +93,13 @@ def _keep_steps(path: Path, *, upto: int) -> None:
     os.replace(temporary, path)
 
 
+def _wandb_id(path: Path) -> str:
+    """The run's id in Weights & Biases, so that a resumed run goes on with its own curves."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
 def _start_wandb(
     folder: Path,
     mode: Literal["online", "offline"],
@@ -106,7 +115,15 @@ def _start_wandb(
             "pip install wandb, or set track.wandb: off"
         ) from None
     try:
-        return wandb.init(project=project, name=name, dir=folder, mode=mode, config=settings)
+        return wandb.init(
+            project=project,
+            name=name,
+            id=_wandb_id(folder / WANDB_ID),
+            resume="allow",
+            dir=folder,
+            mode=mode,
+            config=settings,
+        )
     except wandb.Error as error:
         raise MachineError(
             f"track.wandb: {error}. `wandb login` sets the key; track.wandb: offline needs none."

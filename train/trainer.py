@@ -16,10 +16,11 @@ from accelerate.utils import gather_object
 
 from train import checkpoint, lora, objective, optim, randomness, sample
 from train.base import Base
-from train.checkpoint import Checkpoint, Progress
+from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
-from train.data import Loader, Order, Portion, portions
+from train.data import Loader, Portion, portions
 from train.errors import TrainingError
+from train.order import Mixture
 from train.track import Tracker
 
 
@@ -54,12 +55,12 @@ class Trainer:
         accelerator: Accelerator,
         base: Base,
         transformer: Any,
-        order: Order,
+        order: Mixture,
         loader: Loader,
         previews: Previews,
         tracker: Tracker,
         folder: Path,
-        data_digest: str,
+        origin: Origin,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -67,7 +68,7 @@ class Trainer:
         self._order, self._loader = order, loader
         self._previews, self._tracker = previews, tracker
         self._folder = folder
-        self._data_digest = data_digest
+        self._origin = origin
         self._bare = transformer
         self._parameters = lora.trainable(transformer)
         optimizer = optim.build_optimizer(config.optim, self._parameters)
@@ -126,7 +127,7 @@ class Trainer:
             )
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
-            progress = Progress(done, settings, self._data_digest, self._world)
+            progress = Progress(done, settings, self._origin, self._world)
             content = Checkpoint(
                 progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
             )
@@ -167,8 +168,9 @@ class Trainer:
         return self._accelerator.num_processes
 
     def _epoch(self, done: int) -> float:
+        """Passes over the first data set."""
         taken = done * self._config.train.accumulate * self._world
-        return taken / self._order.epoch_length
+        return self._order.passes(taken)[0]
 
     def _backward(self, portion: Portion) -> torch.Tensor:
         """Gradients of a portion's share of the step's mean loss; returns that share."""

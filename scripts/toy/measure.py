@@ -216,7 +216,9 @@ def pipeline_painter(
     pipeline: Any = Flux2Pipeline.from_pretrained(base, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
-        pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+        pipeline.load_lora_weights(
+            str(adapter.parent), weight_name=adapter.name, use_safetensors=True
+        )
 
     def paint(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         return pipeline(

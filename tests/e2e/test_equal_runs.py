@@ -1,5 +1,8 @@
 """Runs that must come out equal: resumed, and with accumulation for batch size."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests import runs
@@ -52,6 +55,24 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
         train_run(f"{name} resumed", **sections)
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
+
+
+def test_several_data_sets_resume_to_the_bit(train_run: TrainRun, shared: Path, crash_at):
+    """Masked, at two sizes and in shares; the resumed run finds its pictures elsewhere."""
+    others = runs.make_pictures(shared / "others", sizes=[runs.SQUARE] * 3)
+    more = {"path": str(others), "mask": "alpha", "loss_weight": 0.5, "share": 1.0}
+    sections = {
+        "data": {"share": 3.0, "resolution": (64, 80), "max_upscale": 2.0},
+        "more_data": (more | {"resolution": 64},),
+        "train": {"steps": 10, "checkpoint_every": 5},
+    }
+    whole = train_run("sets whole", **sections)
+    crash_at(7)
+    with pytest.raises(CrashError):
+        train_run("sets resumed", **sections)
+    moved = shutil.copytree(others, shared / "moved")
+    sections["more_data"] = (more | {"resolution": 64, "path": str(moved)},)
+    runs.assert_same_run(whole, train_run("sets resumed", resume=True, **sections))
 
 
 def test_gradient_checkpointing_changes_no_bit(train_run: TrainRun):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from scripts.kindling import run_main
 from tests import damage, runs
@@ -124,6 +126,19 @@ def test_changed_pictures_or_captions_are_another_run(config, typed, folder, tmp
     )
 
 
+def test_another_base_is_another_run(config, typed, folder, dev_folder, tmp_path):
+    base = shutil.copytree(dev_folder, tmp_path / "base")
+    assert typed(config, f"base.model={base}")[0] == 0
+    weights = next((base / "transformer").glob("*.safetensors"))
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert typed(config, f"base.model={base}", "--resume") == (
+        2,
+        f"{folder}: its base model's files changed since step 4. "
+        "Put them back, or start a run of another name.",
+    )
+
+
 def test_a_finished_run_can_be_prolonged_and_passes_over_damage(config, typed, folder):
     assert typed(config, "--resume")[0] == 0, "nothing to resume is a start"
     damage.flip_bit(folder / "checkpoints" / "step-000004" / "optimizer.pt")
@@ -201,3 +216,7 @@ def test_wandb_offline_writes_a_run(config, typed, folder, monkeypatch):
     assert typed(config, "track.wandb=offline")[0] == 0
     (kept,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert kept.stat().st_size > 1000
+    assert typed(config, "--resume", "track.wandb=offline", "train.steps=6")[0] == 0
+    names = [path.stem for path in (folder / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(names) == 2
+    assert len(set(names)) == 1, "a resumed run goes on with its own curves"

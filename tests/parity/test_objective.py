@@ -23,6 +23,7 @@ def make_batch(*, references: int = 0, size: int = 2) -> Batch:
     return Batch(
         latents_BDhw=random(size, 16, 3, 2),
         noise_BDhw=random(size, 16, 3, 2),
+        weight_Bhw=torch.ones(size, 3, 2),
         sigma_B=torch.rand(size, generator=generator),
         text_BLJ=random(size, 5, 3 * tiny.TEXT_WIDTH),
         references=tuple(random(size, 16, 2, 2 + i) for i in range(references)),
@@ -52,6 +53,18 @@ def test_loss_is_diffusers_formula(guidance):
     expected = torch.mean((prediction.float() - target.float()) ** 2)
     ours = objective.losses(transformer, batch, dtype=torch.float32, guidance=guidance)
     torch.testing.assert_close(ours.mean(), expected, rtol=1e-6, atol=0)
+
+
+def test_weights_count_by_patch():
+    """A patch of twice the weight counts twice; a picture's loss is the mean over its patches."""
+    transformer = tiny.transformer(guidance=True)
+    batch = make_batch()
+    plain = objective.predict(transformer, batch, dtype=torch.float32, guidance=1.0)
+    error = (plain - (batch.noise_BDhw - batch.latents_BDhw)).square().mean(dim=1)
+    weight = torch.rand(2, 3, 2)
+    batch = dataclasses.replace(batch, weight_Bhw=weight)
+    ours = objective.losses(transformer, batch, dtype=torch.float32, guidance=1.0)
+    torch.testing.assert_close(ours, (error * weight).mean(dim=(1, 2)))
 
 
 def test_references_are_seen_and_cut_off():

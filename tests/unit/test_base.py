@@ -120,7 +120,7 @@ def test_a_local_folder_has_no_revisions(dev_folder):
     )
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere", "flux", "a/b/c"])
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "flux", "a/b/c"])
 def test_what_is_neither_folder_nor_repository(model):
     assert complaint(model=model) == (
         f"base.model: there is no folder {model}, and it isn't a hub repository "

@@ -12,6 +12,7 @@ from data_tools.buckets import (
     Bucket,
     Geometry,
     bucket,
+    equal_geometries,
     geometries,
     levels,
     place,
@@ -49,6 +50,28 @@ def test_sizes_keep_their_bounds(resolution: int, max_aspect: float) -> None:
         assert max(size.width, size.height) <= max_aspect * min(size.width, size.height)
         assert Geometry(size.height, size.width) in found
         assert size.tokens == area / 256
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("max_aspect", [1.0, 1.05, 2.0, 3.0, 8.0])
+def test_equal_sizes_have_one_number_of_tokens(resolution: int, max_aspect: float) -> None:
+    found = equal_geometries(resolution, max_aspect=max_aspect)
+    (tokens,) = {size.tokens for size in found}
+    assert 0.75 * resolution**2 <= tokens * 256 <= resolution**2
+    for size in found:
+        assert min(size.width, size.height) >= 32
+        assert max(size.width, size.height) <= max_aspect * min(size.width, size.height)
+        assert Geometry(size.height, size.width) in found
+
+
+@pytest.mark.parametrize("resolution", [512, 768, 1024])
+def test_equal_sizes_suit_squares_and_lose_no_common_shape_much(resolution: int) -> None:
+    def crop(shape: float) -> float:
+        limits = {"resolution": resolution, "max_upscale": 1.0, "max_aspect": 3.0}
+        return place(round(3000 * shape), 3000, equal_tokens=True, **limits).crop
+
+    assert crop(1) < 0.07
+    assert max(crop(shape) for shape in (4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3)) <= 0.2
 
 
 @pytest.mark.parametrize("max_upscale", [1.0, 1.5, 4.0])

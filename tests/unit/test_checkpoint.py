@@ -11,7 +11,7 @@ from torch import nn
 
 from tests import damage
 from train import checkpoint
-from train.checkpoint import Checkpoint, Progress
+from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import OptimConfig
 from train.errors import CheckpointError
 from train.lora import Adapter
@@ -28,7 +28,9 @@ def make(step: int, *, optimizer: str = "adamw") -> Checkpoint:
     optim = build_optimizer(OptimConfig(name=optimizer), [weight])  # pyright: ignore
     weight.square().sum().backward()
     optim.step()
-    progress = Progress(step, {"name": "tiny", "optim": {"lr": 1e-4, "warmup": None}}, "d", 2)
+    progress = Progress(
+        step, {"name": "tiny", "optim": {"lr": 1e-4, "warmup": None}}, Origin("d", "b"), 2
+    )
     return Checkpoint(progress, Adapter(down, up, rank=4, alpha=2.5), optim.state_dict())
 
 

@@ -25,6 +25,29 @@ def test_a_config_never_changes() -> None:
         config.lora.rank = 4
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [((), "the list of sizes is empty"), ((512, 768, 512), "names one size twice")],
+)
+def test_resolutions_are_some_and_differ(value: tuple[int, ...], message: str) -> None:
+    found = problems(data={"path": "p", "resolution": value})
+    assert found["data.resolution"] == message
+
+
+def test_a_share_needs_another_set() -> None:
+    assert problems(data={"path": "p", "share": 2.0}) == {
+        "data.share": "has no effect without more_data; remove it"
+    }
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {"output": "~/runs", "cache": "~/cache", "base": {"model": "~/flux"}}
+    config = Config.model_validate(MINIMAL | paths | {"data": {"path": "~/pictures"}})
+    found = [config.output, config.cache, config.base.model, config.data.path]
+    assert found == ["/home/me/runs", "/home/me/cache", "/home/me/flux", "/home/me/pictures"]
+
+
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (8, 0.5), (32, 2.0)])
 def test_scale_is_alpha_over_rank(alpha: float | None, scale: float) -> None:
     assert LoraConfig(rank=16, alpha=alpha).scale == scale

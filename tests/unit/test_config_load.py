@@ -16,7 +16,7 @@ from train.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {path: p}\ntrain: {steps: 9}\n"
-SECTIONS = "base, data, lora, flow, optim, train, preview, track, export"
+SECTIONS = "base, data, more_data, lora, flow, optim, train, preview, track, export"
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,11 @@ SETTINGS = [
     ("flow: {shift: -1}", "4: flow.shift: must be 'tokens' or 'none', or a number above 0; got -1"),
     ("lora: 3", "4: lora: must be a section; got 3"),
     ("flow:\n  sampling: uniform\n  std: 2", "6: flow.std: has no effect with sampling: uniform; remove it"),
+    ("more_data: [{path: q, pth: r}]", "4: more_data, item 1.pth: unknown key; did you mean 'data.path'?"),
+    ("more_data: [{resolution: 64}]", "4: more_data, item 1.path: missing; it must be text, not empty"),
+    ("more_data: {path: q}", "4: more_data: must be a list of sections; got a mapping"),
+    ("more_data: [{path: q, share: 1}]", "2: data: share must be set in data and in all of more_data, or in none"),
+    ("more_data: [{path: q, mask_floor: 0.5}]", "4: more_data, item 1.mask_floor: has no effect with mask: none; remove it"),
     ("optim:\n  warmup: 9", "5: optim.warmup: is 9 but train.steps is 9: the learning rate would never reach its peak"),
     ("seed: 1\nseed: 2", "5: seed: is set in line 4 too; remove one"),
     ("lora:\n  rank: 1\n  rank: 1", "6: lora.rank: is set in line 5 too; remove one"),

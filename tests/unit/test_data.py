@@ -1,101 +1,22 @@
-"""The order of showings, what a showing draws, and the shares of processes."""
+"""What a showing draws and weighs, and the shares of processes."""
 
 import threading
 import time
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.examples import TALL, mixed, one_set, with_rules
 from train import data
 from train.cache import Cache
 from train.config import FlowConfig
-from train.data import Example, Loader, Order, Showing
-
-SQUARE, WIDE, TALL = ((64, 64),), ((96, 48),), ((48, 96), (64, 64))
-
-
-def example(name: str, geometry: tuple[tuple[int, int], ...] = SQUARE) -> Example:
-    """An example whose entries are named after it."""
-    pictures = tuple(f"{name}-{i}" for i in range(len(geometry)))
-    return Example(
-        name, pictures, tuple(f"{p}-flipped" for p in pictures), f"{name}-text", geometry
-    )
+from train.data import Example, Loader, Rules
+from train.order import Mixture, Showing
 
 
-def mixed() -> list[Example]:
-    """7 square, 4 wide, 1 tall with a reference, in no order."""
-    geometries = [
-        SQUARE,
-        WIDE,
-        SQUARE,
-        SQUARE,
-        TALL,
-        SQUARE,
-        WIDE,
-        WIDE,
-        SQUARE,
-        SQUARE,
-        SQUARE,
-        WIDE,
-    ]
-    return [example(f"{i}.png", geometry) for i, geometry in enumerate(geometries)]
-
-
-def epoch_of(order: Order, number: int) -> list[list[Showing]]:
-    """The batches of an epoch."""
-    length = order.epoch_length
-    return [order[number * length + i] for i in range(length)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_every_epoch_shows_every_example_repeats_times(batch_size, repeats):
-    order = Order(mixed(), repeats=repeats, batch_size=batch_size, seed=5)
-    for epoch in (0, 1, 7):
-        showings = [showing for batch in epoch_of(order, epoch) for showing in batch]
-        expected = {Showing(epoch, i, r) for i in range(12) for r in range(repeats)}
-        assert Counter(showings) == Counter(expected)
-
-
-def test_a_batch_has_one_geometry_and_only_the_last_of_each_is_smaller():
-    order = Order(mixed(), repeats=1, batch_size=3, seed=5)
-    sizes = Counter()
-    for batch in epoch_of(order, 0):
-        (geometry,) = {mixed()[showing.example].geometry for showing in batch}
-        sizes[geometry, len(batch)] += 1
-    assert sizes == {(SQUARE, 3): 2, (SQUARE, 1): 1, (WIDE, 3): 1, (WIDE, 1): 1, (TALL, 1): 1}
-
-
-def test_the_order_depends_on_seed_and_position_alone():
-    def positions(order: Order, wanted: list[int]) -> dict[int, list[Showing]]:
-        return {position: order[position] for position in wanted}
-
-    def order(seed: int) -> Order:
-        return Order(mixed(), repeats=2, batch_size=2, seed=seed)
-
-    forward, backward = list(range(60)), list(range(59, -1, -1))
-    assert positions(order(1), forward) == positions(order(1), backward)
-    assert positions(order(1), forward) != positions(order(2), forward)
-
-
-def test_epochs_differ():
-    order = Order([example(f"{i}") for i in range(12)], repeats=1, batch_size=1, seed=1)
-    sequences = {tuple(batch[0].example for batch in epoch_of(order, e)) for e in range(5)}
-    assert len(sequences) == 5
-
-
-def test_with_one_geometry_two_batches_of_one_hold_what_one_of_two_does():
-    """So that accumulation can stand in for batch size."""
-    examples = [example(f"{i}") for i in range(6)]
-    ones = Order(examples, repeats=1, batch_size=1, seed=1)
-    twos = Order(examples, repeats=1, batch_size=2, seed=1)
-    for position in range(9):
-        assert twos[position] == ones[2 * position] + ones[2 * position + 1]
-
-
-def steps_of(order: Order, *, accumulate: int, world: int, rank: int) -> list[list[data.Portion]]:
+def steps_of(order: Mixture, *, accumulate: int, world: int, rank: int) -> list[list[data.Portion]]:
     """Six steps of a process; batches are lists of showings."""
     load = lambda showings: showings  # noqa: E731
     found = data.portions(
@@ -111,7 +32,7 @@ def steps_of(order: Order, *, accumulate: int, world: int, rank: int) -> list[li
 
 @pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (3, 1), (1, 2), (2, 3)])
 def test_every_picture_of_a_step_weighs_the_same(accumulate, world):
-    order = Order(mixed(), repeats=1, batch_size=3, seed=5)
+    order = one_set(mixed(), batch_size=3, seed=5)
     ranks = [steps_of(order, accumulate=accumulate, world=world, rank=r) for r in range(world)]
     for step in zip(*ranks, strict=True):
         portions = [portion for rank in step for portion in rank]
@@ -121,7 +42,7 @@ def test_every_picture_of_a_step_weighs_the_same(accumulate, world):
 
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation():
-    order = Order(mixed(), repeats=1, batch_size=3, seed=5)
+    order = one_set(mixed(), batch_size=3, seed=5)
     one = steps_of(order, accumulate=4, world=1, rank=0)
     two = [steps_of(order, accumulate=2, world=2, rank=rank) for rank in range(2)]
     for alone, first, second in zip(one, *two, strict=True):
@@ -130,7 +51,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation():
 
 
 def test_steps_start_anywhere():
-    order = Order(mixed(), repeats=1, batch_size=3, seed=5)
+    order = one_set(mixed(), batch_size=3, seed=5)
     load = lambda showings: showings  # noqa: E731
     settings = {"accumulate": 2, "rank": 1, "world": 2}
     whole = list(data.portions(order, load, steps=range(6), **settings))  # pyright: ignore
@@ -159,8 +80,8 @@ def loader(cache: Cache, *, dropout: float = 0.0, seed: int = 1, flip: bool = Tr
     examples = mixed()
     if not flip:
         examples = [Example(e.name, e.pictures, None, e.text, e.geometry) for e in examples]
-    flow = FlowConfig()
-    return Loader(examples, "empty", cache, flow, caption_dropout=dropout, seed=seed)
+    examples = with_rules(examples, Rules(caption_dropout=dropout))
+    return Loader(examples, "empty", cache, FlowConfig(), seed=seed)
 
 
 def test_a_batch_holds_pictures_references_and_names(filled):
@@ -227,6 +148,36 @@ def test_a_picture_is_mirrored_together_with_its_references(filled):
     signs = [part.sign().mean(dim=(1, 2, 3)) for part in (batch.latents_BDhw, *batch.references)]
     assert torch.equal(signs[0], signs[1])
     assert signs[0].unique().tolist() == [-1, 1]
+
+
+def masked(cache: Cache, *, rules: Rules) -> Loader:
+    """Over one example whose mask has one of four patches, in the top right corner."""
+    corner = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    cache.put("mask", {"mask": corner}, notes={})
+    cache.put("mask-flipped", {"mask": corner.flip(1)}, notes={})
+    cache.put("masked", {"latents": torch.ones(16, 2, 2)}, notes={})
+    cache.put("masked-flipped", {"latents": -torch.ones(16, 2, 2)}, notes={})
+    pictures, mirrored = ("masked",), ("masked-flipped",)
+    example = Example("m.png", pictures, mirrored, "empty", ((32, 32),), rules)
+    masked = replace(example, mask=("mask", "mask-flipped"))
+    return Loader([masked], "empty", cache, FlowConfig(), seed=1)
+
+
+@pytest.mark.parametrize(("floor", "weight"), [(0.0, 1.0), (0.1, 1.0), (0.5, 0.25), (1.0, 2.0)])
+def test_a_mask_moves_weight_into_it_and_keeps_the_sum(filled, floor, weight):
+    load = masked(filled, rules=Rules(weight=weight, mask_floor=floor))
+    for epoch in range(6):
+        batch = load([Showing(epoch, 0, 0)])
+        found, flipped = batch.weight_Bhw[0], bool(batch.latents_BDhw[0, 0, 0, 0] < 0)
+        corner = found[0, 0 if flipped else 1]
+        assert found.mean() == pytest.approx(weight)
+        assert found.min() == pytest.approx(floor * corner.item())
+        assert corner == found.max()
+
+
+def test_without_a_mask_the_weight_is_the_data_sets(filled):
+    load = Loader(with_rules(mixed(), Rules(weight=0.5)), "empty", filled, FlowConfig(), seed=1)
+    assert load([Showing(0, 0, 0)]).weight_Bhw.unique().tolist() == [0.5]
 
 
 def test_the_next_result_is_made_while_this_one_is_used():

@@ -25,11 +25,12 @@ LAYERS = {
             "train.batch",
             "train.cache",
             "train.randomness",
+            "train.order",
             "train.board",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
-        *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
-        *("data_tools.workers", "data_tools.examine"),
+        *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.masks"),
+        *("data_tools.records", "data_tools.workers", "data_tools.examine"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
@@ -66,7 +67,9 @@ SIDEWAYS = {
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
     "data_tools.sources": {"data_tools.captions", "data_tools.folder"},
+    "data_tools.masks": {"data_tools.*"},
     "data_tools.records": {"data_tools.*"},
+    "train.order": {"train.randomness"},
     "data_tools.page": {"data_tools.report"},
     "data_tools.tokens": {"data_tools.report"},
     "data_tools.inspect": {"data_tools.report", "data_tools.page", "data_tools.tokens"},
@@ -76,7 +79,7 @@ SIDEWAYS = {
     "train.run": {"train.export_run"},
     "train.compare": {"train.export_run"},
     "train.py": {"scripts.kindling"},
-    "scripts.*": {"scripts.*"},
+    "scripts.*": {"scripts.*", "data_tools.inspect"},
 }
 """Allowed imports inside a layer (fnmatch patterns)."""
 

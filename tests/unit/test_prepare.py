@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
-from data_tools import buckets
+from data_tools import buckets, pictures
 from data_tools.buckets import Geometry
 from tests import runs
 from train import encode, prepare, run
 from train.base import Base, resolve
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
-from train.data import Loader, Showing
+from train.data import Loader, Rules
 from train.encode import Picture
 from train.errors import DataError
+from train.order import Showing
 from train.prepare import Prepared
 
 SMALL = Geometry(32, 32)
@@ -81,6 +83,20 @@ def test_a_second_start_loads_no_encoder(prepared, first, no_loading):
     assert second.examples == first.examples
 
 
+def test_a_second_start_decodes_changed_pictures_only(prepared, first, folder, monkeypatch):
+    looked_at = []
+    decode = pictures._decode
+    monkeypatch.setattr(
+        pictures, "_decode", lambda path, image: (looked_at.append(path), decode(path, image))
+    )
+    prepared()
+    assert looked_at == []
+    changed = folder / first.examples[0].name
+    runs.draw_picture(changed, seed=99)
+    prepared()
+    assert set(looked_at) == {changed}
+
+
 def test_a_changed_picture_is_encoded_anew_and_only_it(prepared, first, folder, no_loading):
     runs.draw_picture(folder / "1.png", seed=99)
     no_loading("text_encoder")
@@ -88,7 +104,7 @@ def test_a_changed_picture_is_encoded_anew_and_only_it(prepared, first, folder, 
     assert second.encoded == 1
     changed = [a.name for a, b in zip(first.examples, second.examples, strict=True) if a != b]
     assert changed == ["1.png"]
-    assert first.collection.digest != second.collection.digest
+    assert first.digest != second.digest
 
 
 def test_a_changed_caption_is_encoded_anew_and_only_it(prepared, first, folder, no_loading):
@@ -132,6 +148,69 @@ def test_another_encoder_is_another_entry(first, dev_folder, tmp_path):
         file.write_bytes(before)
         assert (keys.vae != first.keys.vae) == (part == "vae")
         assert (keys.text != first.keys.text) == (part == "text_encoder")
+
+
+def test_every_picture_is_there_at_each_resolution_and_shares_the_cache(prepared, first):
+    both = prepared(data={"resolution": (64, 80), "max_upscale": 2.0})
+    assert both.encoded == 4, "those at 80 are new"
+    assert {example.pictures for example in first.examples} < {e.pictures for e in both.examples}
+    names = [example.name for example in both.examples]
+    assert names == [name for example in first.examples for name in [example.name] * 2]
+    counts = {bucket.geometry: bucket.pictures for bucket in both.sets[0].plan.buckets}
+    assert counts[Geometry(64, 64)] == counts[Geometry(80, 80)] == 3
+    assert sum(counts.values()) == 8
+
+
+def test_each_data_set_keeps_its_own_rules(prepared, first, tmp_path):
+    others = runs.make_pictures(tmp_path / "others", sizes=[(96, 96)] * 2)
+    more = {"path": str(others), "resolution": 80, "repeats": 3, "loss_weight": 0.5}
+    both = prepared(more_data=(more | {"caption_dropout": 0.0},))
+    assert [len(one.examples) for one in both.sets] == [4, 2]
+    assert both.examples[:4] == first.examples
+    for example in both.examples[4:]:
+        assert (example.repeats, example.geometry) == (3, ((80, 80),))
+        assert example.rules == Rules(caption_dropout=0.0, weight=0.5, mask_floor=0.1)
+    assert both.digest not in {one.collection.digest for one in both.sets}
+
+
+@pytest.mark.parametrize("kind", ["alpha", "files"])
+def test_a_mask_is_cropped_and_mirrored_with_its_picture(prepared, folder, kind):
+    """A wide picture, cropped to a square; the mask is the crop has part of its masked left."""
+    picture = Image.open(folder / "3.png")
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (0, 0, 40, picture.height))
+    if kind == "alpha":
+        picture.putalpha(mask)
+        picture.save(folder / "3.png")
+    else:
+        mask.save(folder / "3.mask.png")
+    found = prepared(
+        data={"mask": kind, "flip": True, "max_aspect": 1.0, "max_upscale": 2.0, "mask_floor": 0.0}
+    )
+    example = found.examples[3]
+    assert example.mask is not None
+    assert example.mask[1] is not None
+    straight, mirrored = (found.cache.get(name)["mask"] for name in example.mask)
+    assert straight.shape == (4, 4)
+    assert torch.equal(straight, mirrored.flip(1))
+    # 96 x 48 cropped to its middle 48 columns, 24 to 72: 16 of them are masked in
+    assert straight.mean() == pytest.approx(16 / 48, abs=0.02)
+    assert (straight[:, 0] > 0.99).all()
+    assert (straight[:, 2:] < 0.05).all()
+    others = [one.mask for one in found.examples[:3]]
+    assert all(others) if kind == "alpha" else others == [None] * 3
+    assert all(one.name != "3.mask.png" for one in found.examples)
+
+
+def test_a_mask_that_the_crop_loses_is_named(prepared, folder):
+    mask = Image.new("L", Image.open(folder / "3.png").size, 0)
+    mask.paste(255, (0, 0, 10, 48))
+    mask.save(folder / "3.mask.png")
+    with pytest.raises(DataError) as caught:
+        prepared(data={"mask": "files", "max_aspect": 1.0, "max_upscale": 2.0})
+    assert str(caught.value) == (
+        f"{folder / '3.mask.png'}: its mask leaves nothing of the crop to 64x64"
+    )
 
 
 def test_too_long_captions_are_reported_with_their_file(prepared, folder, tmp_path, dev_folder):
@@ -215,7 +294,6 @@ def test_references_come_from_metadata_into_a_batch(tmp_path, dev_folder, monkey
         empty_text=None,
         cache=found.cache,
         flow=config.flow,
-        caption_dropout=0.0,
         seed=0,
     )
     batch = load([Showing(0, 0, 0), Showing(1, 0, 0)])
@@ -239,7 +317,9 @@ def test_shares_leave_nothing_out_however_late_a_process_starts(tmp_path, first,
     """It sees some of the others' entries and must not shift its share by them."""
     found = resolve(BaseConfig(model=str(dev_folder)))
     cache = Cache(tmp_path)
-    wanted = [Picture(record.target, record.sha256, SMALL) for record in first.collection.records]
+    wanted = [
+        Picture(record.target, record.sha256, SMALL) for record in first.sets[0].collection.records
+    ]
     counts = [
         encode.encode_pictures(
             found, wanted, keys=first.keys, cache=cache, device=torch.device("cpu"), share=(rank, 3)
