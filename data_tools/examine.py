@@ -77,7 +77,7 @@ def measure(image: Image.Image, *, half: Image.Image | None = None) -> Measures:
     bits = imagehash.phash(grey.reduce(max(1, min(grey.size) // 64))).hash
     return Measures(
         phash=int.from_bytes(np.packbits(bits).tobytes(), "big"),
-        colours=half.resize((_GRID, _GRID), Image.Resampling.BOX, reducing_gap=2.0).tobytes(),
+        colours=half.resize((_GRID, _GRID), Image.Resampling.BOX).tobytes(),
         sharpness=sharpness(np.asarray(image.getchannel("G"))),
         brightness=sum(level * count for level, count in enumerate(counts)) / pixels / 255,
         black=sum(counts[:3]) / pixels,
