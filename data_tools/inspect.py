@@ -72,10 +72,9 @@ def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Repo
     def probe(path: Path) -> Probe:
         found, image = pictures.look(path, side=examine.SIDE)
         if found.sha256 not in measures:
-            half = examine.halved(image)
-            measures[found.sha256] = examine.measure(image, half=half)
+            measures[found.sha256] = examine.measure(image)
             if thumbnails:
-                thumbnails.put(found.sha256, half)
+                thumbnails.put(found.sha256, image)
         return found
 
     collection = records.survey(settings.data, probe=probe)

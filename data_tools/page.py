@@ -115,7 +115,7 @@ def _facts(row: Row, found: Report) -> list[tuple[str, str]]:
         ("Reaches training", f"{width} × {height} pixels of its own"),
         ("Cut off", f"{place.crop:.1%}"),
         ("Tokens", tokens),
-        ("Sharpness", f"{look.sharpness:.1f}"),
+        ("Sharpness", f"{look.sharpness:.2f}"),
         ("Brightness", f"{look.brightness:.0%}"),
         ("Plain black, white", f"{look.black:.0%}, {look.white:.0%}"),
         ("Caption from", record.caption_source),

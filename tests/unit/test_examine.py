@@ -2,6 +2,7 @@
 
 import io
 import time
+from math import erf, sqrt
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.unit import hostile
 
 
 def scene(seed: int) -> Image.Image:
-    """Shapes on a ground, 512 pixels: edges as a drawing or a photo has them."""
+    """Shapes on a ground, twice as large as measures need it: edges as a photo has them."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 255, (9, 9, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC)
@@ -25,8 +26,15 @@ def scene(seed: int) -> Image.Image:
     return image
 
 
+def look(image: Image.Image) -> Measures:
+    """What a file of this picture measures."""
+    scale = min(1.0, examine.SIDE / max(image.size))
+    size = (round(image.width * scale), round(image.height * scale))
+    return examine.measure(image.resize(size, Image.Resampling.BILINEAR))
+
+
 def found(*images: Image.Image) -> list[list[int]]:
-    return examine.alike([examine.measure(image) for image in images])
+    return examine.alike([look(image) for image in images])
 
 
 def test_a_picture_is_like_its_copies_and_no_other() -> None:
@@ -68,20 +76,30 @@ def test_ten_thousand_are_searched_in_seconds() -> None:
     assert time.process_time() - began < 10
 
 
-@pytest.mark.parametrize("contrast", [1.0, 0.2])
-def test_blur_is_seen_and_dimness_is_no_blur(contrast: float) -> None:
-    image = ImageEnhance.Contrast(scene(3)).enhance(contrast)
-    assert not examine.measure(image).soft
-    assert examine.measure(image.filter(ImageFilter.GaussianBlur(4))).soft
+@pytest.mark.parametrize("blur", [1.0, 1.5, 2.0])
+def test_sharpness_tells_how_wide_an_edge_is(blur: float) -> None:
+    places = np.arange(128)
+    edge = np.vectorize(lambda x: 40 + 80 * (1 + erf((x - 47) / blur / sqrt(2))))(places)
+    image = np.tile(edge, (128, 1)).round().astype(np.uint8)
+    assert examine.sharpness(image) == pytest.approx(1 / (2 * blur**2), rel=0.2)
+    assert examine.sharpness(image.T) == pytest.approx(examine.sharpness(image), rel=0.01)
+
+
+@pytest.mark.parametrize("contrast", [1.0, 0.3])
+@pytest.mark.parametrize("seed", range(5))
+def test_blur_is_seen_and_dimness_is_no_blur(contrast: float, seed: int) -> None:
+    image = ImageEnhance.Contrast(scene(seed)).enhance(contrast)
+    assert not look(image).soft
+    assert look(image.filter(ImageFilter.GaussianBlur(3))).soft
 
 
 def test_a_blurred_background_is_no_blur() -> None:
     image = scene(4)
     sharp = image.crop((128, 128, 384, 384))
     image = image.filter(ImageFilter.GaussianBlur(6))
-    assert examine.measure(image).soft
+    assert look(image).soft
     image.paste(sharp, (128, 128))
-    assert not examine.measure(image).soft
+    assert not look(image).soft
 
 
 def test_exposure() -> None:

@@ -107,7 +107,7 @@ def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     assert crop == pytest.approx([(400 - 240) / 2 / 400, 240 / 400], abs=0.01)
     assert results == {
         "title": f"{tmp_path / 'data'} · kindling inspect",
-        "images": [48, 48, 48, 200],
+        "images": [96, 96, 96, 256],
         "first": "a.png",
         "outline": "solid",
         "second": "b.png",
