@@ -122,13 +122,12 @@ def inspect(root: Path, page: bool) -> None:
 def bucket(count: int) -> float:
     """Only the choice of sizes, for pictures of all shapes."""
     import random
-    from types import SimpleNamespace
 
     from data_tools import buckets
     from train.config import DataConfig
 
     draw = random.Random(0).randint
-    sized = [SimpleNamespace(width=draw(600, 4000), height=draw(600, 4000)) for _ in range(count)]
+    sized = [buckets.Geometry(draw(600, 4000), draw(600, 4000)) for _ in range(count)]
     data = DataConfig(path="x", resolution=RESOLUTION)
     began = time.perf_counter()
     buckets.plan(sized, data=data)

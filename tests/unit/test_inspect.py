@@ -43,7 +43,7 @@ Captions: 4
   one caption for b.png, c.png
 
 To look at
-  lose over 10 % of their area: d.png
+  over 10 % is cut off: d.png
 
 The same picture more than once
   b.png, c.png
@@ -102,7 +102,7 @@ def test_small_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert inspect.main([str(tmp_path), "--resolution", "256"]) == 0
     assert "  too small for the full size: a.png\n" in capsys.readouterr().out
     assert inspect.main([str(tmp_path), "--resolution", "128", "--max-upscale", "2"]) == 0
-    assert "  are enlarged: a.png\n" in capsys.readouterr().out
+    assert "  enlarged: a.png\n" in capsys.readouterr().out
 
 
 def test_settings_of_a_config(
