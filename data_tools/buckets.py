@@ -25,6 +25,11 @@ MIN_SIDE = 2
 MIN_FILL = 0.75
 """Fraction of the area asked for that a size has at least; from 512 up it is 0.93."""
 
+REFERENCE_AREA = 1024 * 1024
+"""Pixels of a reference picture at most, as in Flux2Pipeline."""
+REFERENCE_SIDE = 64
+"""Pixels of its sides at least, as in Flux2Pipeline."""
+
 # Long side over short side: 1:1, 8:7, 5:4, 4:3, A4, 3:2, 5:3, 16:9, 2:1, 21:9, 8:3, 3:1 and on.
 SHAPES = (1, 8 / 7, 5 / 4, 4 / 3, 7 / 5, 3 / 2, 5 / 3, 16 / 9, 2, 7 / 3, 8 / 3)
 LONG_SHAPES = (3, 3.5, 4, 4.6, 5.3, 6, 7, 8)
@@ -184,6 +189,14 @@ def place(
         f"enlarging {needed:.2f} times and max_upscale is {max_upscale:g}; "
         "use a larger picture or raise max_upscale"
     )
+
+
+def reference_geometry(width: int, height: int) -> Geometry:
+    """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
+    assert min(width, height) >= REFERENCE_SIDE
+    scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
+    sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
+    return Geometry(*sides)
 
 
 @cache

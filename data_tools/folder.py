@@ -17,6 +17,7 @@ from train.errors import DataError
 
 METADATA = "metadata.jsonl"
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass
@@ -89,6 +90,10 @@ def nearest(name: str, names: list[str]) -> str:
 
 def _sort_in(found: Listing, name: str) -> None:
     suffix = PurePosixPath(name).suffix.lower()
+    if _CONTROL.search(name):  # a terminal would obey it
+        shown = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name)
+        found.problems.append((shown, "the file's name has a control character; rename it"))
+        return
     if not is_text(name):
         shown = name.encode("utf-8", "backslashreplace").decode()
         found.problems.append((shown, "the file's name isn't UTF-8; rename it"))

@@ -30,7 +30,7 @@ _OTHER = ".heic .heif .svg .psd .psb .jxl .exr .hdr .eps .ico .tga .xcf .kra .pd
 
 READABLE_SUFFIXES = frozenset(suffix for suffixes in READABLE.values() for suffix in suffixes)
 CAMERA_RAW_SUFFIXES = frozenset(_CAMERA_RAW.split())
-PICTURE_SUFFIXES = READABLE_SUFFIXES | CAMERA_RAW_SUFFIXES | frozenset((_VIDEO + _OTHER).split())
+PICTURE_SUFFIXES = READABLE_SUFFIXES | CAMERA_RAW_SUFFIXES | frozenset(f"{_VIDEO} {_OTHER}".split())
 """Endings of files that somebody meant as a picture, whether or not it can be read."""
 
 _SIGNATURES = (

@@ -1,6 +1,7 @@
 """`kindling inspect`: what training would make of a folder of pictures, before it starts.
 
-Owns the report and its words. What is a fault is decided by `records`, what size by `buckets`.
+Owns the command and the report's words for a console. What there is to say is `report`'s, the page
+`page`'s, the measures `examine`'s. Each file is read and decoded once, for all of these.
 """
 
 import argparse
@@ -8,68 +9,85 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pydantic import ValidationError
 
-from data_tools import buckets, captions, records
-from data_tools.buckets import Plan
-from data_tools.records import Collection, Record
-from train.config import DataConfig
+from data_tools import captions, examine, page, pictures, records, tokens
+from data_tools.examine import Measures
+from data_tools.page import Thumbnails
+from data_tools.pictures import Probe
+from data_tools.report import MARKS, Report, Schedule, Tokens, build, facts
+from train.config import BaseConfig, DataConfig
 from train.errors import ConfigError, UserError, bullet_list
 
 SHOWN = 5
 """Names listed in full before the rest is counted."""
 
+LISTED = ("soft", "dark", "bright", "cropped", "enlarged", "small", "truncated")
+"""Marks that the console lists by name; the others have a place of their own."""
+
 
 @dataclass(frozen=True)
-class Report:
-    """A folder, its records' places in buckets, and what stands out."""
+class Settings:
+    """What to inspect, and as what training would see it."""
 
     data: DataConfig
-    batch_size: int
-    collection: Collection
-    plan: Plan
-    rows: list[Record]
-
-    @property
-    def failed(self) -> bool:
-        """Whether training would stop at this folder."""
-        faults = self.collection.faults
-        skip = self.data.bad_pictures == "skip"
-        return not self.rows or any(not (skip and fault.skippable) for fault in faults)
-
-    def batches(self, pictures: int) -> int:
-        """Batches an epoch takes from a bucket, the last one perhaps smaller."""
-        return -(-pictures * self.data.repeats // self.batch_size)
-
-    def same(self, key: str) -> list[list[str]]:
-        """Groups of records that share `key`."""
-        groups: dict[str, list[str]] = defaultdict(list)
-        for row in self.rows:
-            groups[getattr(row, key)].append(row.name)
-        return [names for names in groups.values() if len(names) > 1]
+    schedule: Schedule
+    base: BaseConfig | None
+    """Whose tokenizer counts; without a config there is none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on a folder of pictures; exit status 0 if training could start with it, 2 if not."""
     options = _parser().parse_args(argv)
     try:
-        data, batch_size = _settings(options)
-        collection = records.survey(data)
-        rows = list(collection.records)
-        report = Report(data, batch_size, collection, buckets.plan(rows, data=data), rows)
-        print(text(report))
+        settings = _settings(options)
+        _check_outputs(options)
+        with TemporaryFile() as spool:
+            thumbnails = Thumbnails(spool) if options.html else None
+            report = inspect(settings, thumbnails=thumbnails)
+            print(text(report))
+            if thumbnails:
+                page.write(report, options.html, thumbnails=thumbnails)
         if options.json:
-            options.json.write_text(json.dumps(facts(report), ensure_ascii=False, indent=2) + "\n")
+            _write_json(report, options.json)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{options.json}: can't be written ({error.strerror})", file=sys.stderr)
+        if str(error.filename) not in map(str, filter(None, (options.html, options.json))):
+            raise
+        print(f"{error.filename}: can't be written ({error.strerror})", file=sys.stderr)
         return 2
     return 2 if report.failed else 0
+
+
+def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Report:
+    """Read a folder and measure its pictures. Raises DataError if there is nothing to read."""
+    measures: dict[str, Measures] = {}
+
+    def probe(path: Path) -> Probe:
+        found, image = pictures.look(path, side=examine.SIDE)
+        if found.sha256 not in measures:
+            measures[found.sha256] = examine.measure(image)
+            if thumbnails:
+                thumbnails.put(found.sha256, image)
+        return found
+
+    collection = records.survey(settings.data, probe=probe)
+    counts = Tokens("not counted: without --config there is no base to count for")
+    if settings.base:
+        counts = tokens.count(settings.base, collection.records.table["caption"])
+    return build(
+        collection,
+        data=settings.data,
+        schedule=settings.schedule,
+        measures=measures,
+        tokens=counts,
+    )
 
 
 def text(report: Report) -> str:
@@ -84,32 +102,8 @@ def text(report: Report) -> str:
     return "\n\n".join(part for part in [*parts, verdict] if part)
 
 
-def facts(report: Report) -> dict:
-    """The report for programs."""
-    collection = report.collection
-    return {
-        "path": report.data.path,
-        "digest": collection.digest,
-        "ready": not report.failed,
-        "pictures": len(report.rows),
-        "buckets": [
-            asdict(bucket) | {"batches": report.batches(bucket.pictures)}
-            for bucket in report.plan.buckets
-        ],
-        "records": [
-            {"name": row.name, "caption": row.caption, "width": row.width, "height": row.height}
-            | asdict(placement)
-            for row, placement in zip(report.rows, report.plan.placements, strict=True)
-        ],
-        "duplicates": report.same("sha256"),
-        "same_caption": report.same("caption"),
-        "faults": [fault._asdict() for fault in collection.faults],
-        "notes": [note._asdict() for note in collection.notes],
-    }
-
-
 def _head(report: Report) -> str:
-    edits = sum(bool(row.references) for row in report.rows)
+    edits = sum(bool(row.record.references) for row in report.rows)
     extra = f", {edits} with references" if edits else ""
     return f"{report.data.path}: {_count(len(report.rows), 'usable picture')}{extra}"
 
@@ -117,42 +111,25 @@ def _head(report: Report) -> str:
 def _bucket_table(report: Report) -> str:
     if not report.rows:
         return ""
-    data = report.data
-    title = f"Buckets at resolution {data.resolution}, batch size {report.batch_size}"
+    data, schedule = report.data, report.schedule
+    title = f"Buckets at resolution {report.resolutions}, batch size {schedule.batch_size}"
     if data.repeats > 1:
         title += f", {data.repeats} repeats"
-    rows = [("size", "pictures", "batches", "cut off", "scale")]
-    for bucket in report.plan.buckets:
-        batches = report.batches(bucket.pictures)
-        crop, scale = f"{bucket.crop:.0%}", f"{bucket.scale:.2f}"
-        rows.append((str(bucket.geometry), str(bucket.pictures), str(batches), crop, scale))
-    total = sum(report.batches(bucket.pictures) for bucket in report.plan.buckets)
-    rows.append(("total", str(len(report.rows)), str(total), "", ""))
+    rows = [("size", "pictures", "batches", "not full", "cut off", "scale")]
+    for bucket in report.buckets:
+        partial = " + ".join(map(str, bucket.partial))
+        numbers = (str(bucket.pictures), str(bucket.batches), partial and f"({partial})")
+        costs = (f"{bucket.crop:.0%}", f"{bucket.scale:.2f}")
+        rows.append((str(bucket.geometry), *numbers, *costs))
+    rows.append(("total", str(len(report.rows)), str(report.batches), "", "", ""))
     lines = [f"  {row[0]:<10}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-    return "\n".join([title, *(line.rstrip() for line in lines), *_costs(report)])
-
-
-def _costs(report: Report) -> list[str]:
-    """Records that pay more than the usual for their bucket. Cut off and scale are the largest."""
-    places = list(zip(report.rows, report.plan.placements, strict=True))
-    cropped = [row.name for row, place in places if place.crop > 0.1]
-    enlarged = [row.name for row, place in places if place.scale > 1]
-    full = buckets.MIN_FILL * min(report.data.resolutions) ** 2
-    small = [
-        row.name for row, place in places if place.geometry.width * place.geometry.height < full
-    ]
-    lines = []
-    if cropped:
-        lines.append(f"  lose over 10 % of their area: {_names(cropped)}")
-    if enlarged:
-        lines.append(f"  are enlarged: {_names(enlarged)}")
-    if small:
-        lines.append(f"  are too small for the full size: {_names(small)}")
-    return lines
+    if report.epochs is not None:
+        lines.append(f"  {schedule.steps} steps are {report.epochs:.1f} epochs on one device")
+    return "\n".join([title, *(line.rstrip() for line in lines)])
 
 
 def _captions(report: Report) -> str:
-    rows = [row for row in report.rows if row.caption]
+    rows = [row.record for row in report.rows if row.record.caption]
     missing = len(report.rows) - len(rows)
     lines = [f"Captions: {len(rows)}" + (f", {missing} missing" if missing else "")]
     if rows:
@@ -160,19 +137,36 @@ def _captions(report: Report) -> str:
         low, high = (pick(lengths, key=lengths.__getitem__) for pick in (min, max))
         lines.append(f"  shortest {_count(lengths[low], 'word')} ({low})")
         lines.append(f"  longest {_count(lengths[high], 'word')} ({high})")
-    trigger = (report.data.trigger or "").strip()
-    if trigger:
-        lacking = [r.name for r in rows if not captions.has_trigger(r.caption, trigger=trigger)]
-        have = f"  {len(rows) - len(lacking)} of {len(rows)} have the trigger {trigger!r}"
+    if report.tokens.counts:
+        longest = max(report.tokens.counts.values())
+        lines.append(f"  at most {longest} of {report.tokens.limit} tokens, {report.tokens.note}")
+    elif report.tokens.note:
+        lines.append(f"  tokens {report.tokens.note}")
+    if report.trigger:
+        lacking = [row.record.name for row in report.marked.get("untriggered", [])]
+        have = f"  {len(rows) - len(lacking)} of {len(rows)} have the trigger {report.trigger!r}"
         lines.append(have + (f"; not: {_names(lacking)}" if lacking else ""))
-    lines += [f"  one caption for {_names(names)}" for names in report.same("caption") if rows]
+    shared = [report.names(group) for group in report.same_caption]
+    lines += [f"  one caption for {_names(names)}" for names in shared[:SHOWN]]
+    if len(shared) > SHOWN:
+        lines.append(f"  … and {len(shared) - SHOWN} more captions that several pictures share")
     return "\n".join(lines)
 
 
 def _oddities(report: Report) -> Iterable[str]:
-    twins = report.same("sha256")
-    if twins:
-        yield bullet_list("The same picture more than once", [_names(names) for names in twins])
+    lines = [
+        f"{MARKS[mark]}: {_names([row.record.name for row in report.marked[mark]])}"
+        for mark in LISTED
+        if mark in report.marked
+    ]
+    if lines:
+        yield bullet_list("To look at", lines)
+    if report.twins:
+        lines = [_names(report.names(group)) for group in report.twins]
+        yield bullet_list("The same picture more than once", lines)
+    alike = [group for group in report.alike if group not in report.twins]
+    if alike:
+        yield bullet_list("Look alike", [_names(report.names(group)) for group in alike])
     groups: dict[str, list[str]] = defaultdict(list)
     for note in report.collection.notes:
         groups[note.text].append(note.path)
@@ -190,6 +184,38 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def _write_json(report: Report, path: Path) -> None:
+    """A line for each item of a list: readable, and ten times as fast as json's own indenting."""
+
+    def dump(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    with path.open("w", encoding="utf-8") as file:
+        mark = "{"
+        for key, value in facts(report).items():
+            file.write(f"{mark}\n{dump(key)}: ")
+            if isinstance(value, list) and value:
+                file.write("[\n" + ",\n".join(map(dump, value)) + "\n]")
+            else:
+                file.write(dump(value))
+            mark = ","
+        file.write("\n}\n")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before the work: that what will be written can be, and is no picture or caption."""
+    for option, path, suffix in (
+        ("--html", options.html, ".html"),
+        ("--json", options.json, ".json"),
+    ):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise ConfigError(f"{option}: {path} must end in {suffix}")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option}: there is no folder {path.parent}; make it first")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kindling inspect", description=main.__doc__)
     parser.add_argument("images", nargs="?", help="folder of pictures; none: the config's")
@@ -199,36 +225,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-aspect", type=float, help="longest over shortest side of a bucket")
     parser.add_argument("--trigger", help="the word that every caption must have")
     parser.add_argument("--batch-size", type=int, help="pictures a batch")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the facts there, too")
     return parser
 
 
-def _settings(options: argparse.Namespace) -> tuple[DataConfig, int]:
-    """The data section and the batch size: the config's, with what the command line sets."""
+def _settings(options: argparse.Namespace) -> Settings:
+    """The config's settings, with what the command line sets."""
     sets: dict[str, object] = {"path": options.images} if options.images else {}
     for name in ("resolution", "max_upscale", "max_aspect", "trigger"):
         if getattr(options, name) is not None:
             sets[name] = getattr(options, name)
-    base: dict[str, object] = {}
-    batch_size = 1
+    values: dict[str, object] = {}
+    base, batch_size, accumulate, steps = None, 1, 1, None
     if options.config:
         from train import config_load
 
         config = config_load.load(options.config)
-        base, batch_size = config.data.model_dump(), config.train.batch_size
+        values, base = config.data.model_dump(), config.base
+        train = config.train
+        batch_size, accumulate, steps = train.batch_size, train.accumulate, train.steps
+        if config.more_data:
+            steps = None  # how they share them is the trainer's
+            paths = ", ".join(other.path for other in config.more_data)
+            print(f"Of data only; inspect the folders in more_data by themselves: {paths}\n")
     elif not options.images:
         raise ConfigError("name a folder of pictures, or a config with --config")
     batch_size = batch_size if options.batch_size is None else options.batch_size
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1; got {batch_size}")
     try:
-        return DataConfig.model_validate(base | sets), batch_size
+        data = DataConfig.model_validate(values | sets)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():
             option = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else "settings"
             lines.setdefault(option, f"{option}: {fault['msg']}")
         raise ConfigError("\n".join(lines.values())) from None
+    return Settings(data, Schedule(batch_size, accumulate, steps), base)
 
 
 if __name__ == "__main__":

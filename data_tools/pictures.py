@@ -12,8 +12,10 @@ Decisions:
 - 16-bit grey is scaled, not clipped. Float and 32-bit integer pixels have no agreed white: refused.
 - Animations and files of several pages are refused. The preview that cameras append to a JPEG (MPO)
   doesn't count as a page.
-- `probe` decodes a file once in full, so that a truncated one is found before anything is trained.
-  Damage that a decoder papers over without a word (some bit flips in JPEG) can't be found.
+- `probe` and `look` decode a file once to its end, so that a truncated one is found before anything
+  is trained. A JPEG is decoded at a fraction of its size: that reads all of its data too, and saves
+  only the arithmetic behind it. Damage that a decoder papers over without a word (some bit flips in
+  JPEG) can't be found.
 """
 
 import hashlib
@@ -82,19 +84,27 @@ class Probe:
 def probe(path: Path, *, proven: Container[str] = frozenset()) -> Probe:
     """Facts of a picture that is sure to decode.
 
-    It is decoded in full unless its sha256 is in `proven`; then only its header is read.
+    It is decoded to its end unless its sha256 is in `proven`; then only its header is read.
     Raises PictureError.
     """
-    data = _bytes(path)
-    sha256 = hashlib.sha256(data).hexdigest()
-    image = _open(path, data)
-    notes = _notes(image)
-    if sha256 not in proven:
-        _decode(path, image)
-    width, height = image.size
-    if _orientation(image, data) >= 5:
-        width, height = height, width
-    return Probe(path, width, height, image.format or "", sha256, notes)
+    found, _, _ = _probe(path, side=1, proven=proven)
+    return found
+
+
+def look(path: Path, *, side: int) -> tuple[Probe, Image.Image]:
+    """`probe`, and what `load_rgb` gives at a long side of `side` pixels at most, read only once.
+
+    For measures and thumbnails: of a JPEG, only as many pixels are made as that needs. Raises
+    PictureError.
+    """
+    found, image, turn = _probe(path, side=side)
+    scale = max(image.size) // side
+    if scale > 1 and image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data:
+        image = image.reduce(scale)  # before the colours: what follows costs by the pixel
+    rgb = _to_rgb(image)
+    if max(rgb.size) > side:
+        rgb = rgb.resize(_within(rgb.size, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    return found, rgb if turn is None else rgb.transpose(turn)
 
 
 def load_rgb(path: Path) -> Image.Image:
@@ -127,13 +137,43 @@ def fit(image: Image.Image, geometry: Geometry) -> Image.Image:
     size = (geometry.width, geometry.height)
     if image.size == size:
         return image
-    scale = max(geometry.width / image.width, geometry.height / image.height)
-    width = min(geometry.width / scale, image.width)
-    height = min(geometry.height / scale, image.height)
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
+    box = crop_box(image.width, image.height, geometry=geometry)
     # the gap lets Pillow halve a large picture cheaply first; at 3 the result is nearly the same
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def crop_box(width: int, height: int, *, geometry: Geometry) -> tuple[float, float, float, float]:
+    """What `fit` keeps of a picture of width x height: left, top, right, bottom in its pixels."""
+    scale = max(geometry.width / width, geometry.height / height)
+    kept_width = min(geometry.width / scale, width)
+    kept_height = min(geometry.height / scale, height)
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return left, top, left + kept_width, top + kept_height
+
+
+def _probe(
+    path: Path, *, side: int, proven: Container[str] = frozenset()
+) -> tuple[Probe, Image.Image, Image.Transpose | None]:
+    """Facts, the decoded picture (a JPEG just above `side`), and the turn that it still needs."""
+    data = _bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    image = _open(path, data)
+    notes = _notes(image)
+    width, height = image.size
+    if sha256 not in proven:
+        image.draft(None, _within(image.size, side))
+        _decode(path, image)
+    orientation = _orientation(image, data)
+    if orientation >= 5:
+        width, height = height, width
+    found = Probe(path, width, height, image.format or "", sha256, notes)
+    return found, image, _TURNS.get(orientation)
+
+
+def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """`size` reduced to a long side of `side` at most."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _bytes(path: Path) -> bytes:
@@ -270,7 +310,7 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(image: Image.Image) -> Image.Image:
     found = _profile(image)
     if found is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     profile, mode = found
     try:
         transform = ImageCms.buildTransform(

@@ -9,16 +9,14 @@ The records are held as a `datasets.Dataset` (Arrow): a hundred thousand cost so
 
 import hashlib
 import json
-import os
-from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, formats, masks, pictures, sources
+from data_tools import buckets, captions, folder, formats, masks, pictures, sources, workers
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -134,10 +132,17 @@ def read(
 
 
 def survey(
-    data: DataConfig, *, proven: Container[str] = frozenset(), progress: bool = True
+    data: DataConfig,
+    *,
+    proven: Container[str] = frozenset(),
+    progress: bool = True,
+    probe: Callable[[Path], Probe] | None = None,
 ) -> Collection:
     """Everything about a folder, with its faults collected. A record stays in if only its caption
     is at fault, with the caption as it is. Raises DataError if there is no folder or no picture.
+
+    probe: looks at a picture, in any thread, in place of `pictures.probe`; for who wants more of
+    it than a record has.
     """
     root = Path(data.path)
     found, mask_files = masks.split(folder.listing(root))
@@ -151,12 +156,13 @@ def survey(
         notes += [Note(name, text) for name in mask_files.values()]
         mask_files = {}
     names |= dict.fromkeys(mask_files.values())
-    probes = _probe_all(root, list(names), proven=proven, progress=progress)
-    for name, probe in probes.items():
-        if isinstance(probe, PictureError):
-            faults.append(Fault(name, probe.reason, skippable=True))
+    look = probe or (lambda path: pictures.probe(path, proven=proven))
+    probes = _probe_all(root, list(names), look, progress=progress)
+    for name, seen in probes.items():
+        if isinstance(seen, PictureError):
+            faults.append(Fault(name, seen.reason, skippable=True))
         else:
-            notes += [Note(name, text) for text in probe.notes]
+            notes += [Note(name, text) for text in seen.notes]
     records = [
         record
         for draft in gathered.drafts
@@ -173,27 +179,22 @@ def survey(
 
 
 def _probe_all(
-    root: Path, names: Sequence[str], *, proven: Container[str], progress: bool
+    root: Path, names: Sequence[str], probe: Callable[[Path], Probe], *, progress: bool
 ) -> dict[str, Probe | PictureError]:
     def look(name: str) -> Probe | PictureError:
         try:
-            return pictures.probe(root / name, proven=proven)
+            return probe(root / name)
         except PictureError as error:
             return error
 
-    # decoding leaves Python's lock; more threads would hold more large pictures at once
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-    try:
-        found = tqdm(
-            pool.map(look, names),
-            total=len(names),
-            desc="check pictures",
-            delay=2,
-            disable=not progress,
-        )
-        return dict(zip(names, found, strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    found = tqdm(
+        workers.ordered(look, names),
+        total=len(names),
+        desc="check pictures",
+        delay=2,
+        disable=not progress,
+    )
+    return dict(zip(names, found, strict=True))
 
 
 def _record(

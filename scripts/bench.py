@@ -1,7 +1,7 @@
 """`kindling bench`: speed and memory of this machine, as a table and JSON. Never passes or fails.
 
-Owns the command line. What is measured is `bench_step`'s and `bench_start`'s, how it is written
-down is `bench_report`'s. What has been measured is in docs/bench/.
+Owns the command line. What is measured is `bench_step`'s, `bench_start`'s and `bench_data`'s, how
+it is written down is `bench_report`'s. What has been measured is in docs/bench/.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from scripts import bench_report
+from train.errors import UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -17,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what the command line says, print a table, write JSON if asked."""
     options = build_parser().parse_args(argv)
     report = bench_report.new_report(options.what, argv)
-    results = {"train": measure_steps, "start": measure_starts}[options.what](options)
-    report["results"] = results
+    kinds = {"train": measure_steps, "start": measure_starts, "data": measure_data}
+    report["results"] = kinds[options.what](options)
     if options.json:
         bench_report.write(report, options.json)
         print(f"\n{options.json}")
@@ -51,7 +52,21 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--config", type=Path, default=bench_report.ROOT / "configs" / "demo.yaml")
     start.add_argument("--runs", type=int, default=3, help="of each kind; default 3")
     start.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the job")
+    add_data(commands, common)
     return parser
+
+
+def add_data(commands: "argparse._SubParsersAction", common: argparse.ArgumentParser) -> None:
+    """`kindling bench data` of the command line."""
+    data = commands.add_parser(
+        "data", parents=[common], help="inspect beside a bare Pillow loop, bucketing, encoding"
+    )
+    data.add_argument("--pictures", type=int, default=10_000, help="generated; default 10000")
+    data.add_argument("--plan", type=int, default=100_000, help="records; default 100000")
+    data.add_argument("--encode", type=int, default=200, help="by the toy VAE; default 200")
+    data.add_argument("--runs", type=int, default=1, help="turns of inspect and Pillow; default 1")
+    data.add_argument("--cores", type=int, default=2, help="default 2")
+    data.add_argument("--folder", type=Path, help="where generated pictures are kept (3 GB)")
 
 
 def count(text: str) -> int:
@@ -91,4 +106,23 @@ def measure_starts(options: argparse.Namespace) -> dict:
 
     results = bench_start.measure(options.config, options.overrides, runs=options.runs)
     print(bench_report.table(bench_start.HEADER, bench_start.rows(results)))
+    return results
+
+
+def measure_data(options: argparse.Namespace) -> dict:
+    """`kindling bench data`."""
+    from scripts import bench_data, bench_pictures
+
+    if min(options.pictures, options.plan, options.runs, options.cores, options.encode - 1) < 1:
+        raise UserError("bench data: all counts must be at least 1, and --encode at least 2")
+    folder = options.folder or bench_pictures.default_folder()
+    results = bench_data.measure(
+        folder,
+        pictures=options.pictures,
+        plans=options.plan,
+        encode=min(options.encode, options.pictures // bench_pictures.QUARTERS),
+        runs=options.runs,
+        cores=options.cores,
+    )
+    print(bench_report.table(bench_data.HEADER, bench_data.rows(results)))
     return results

@@ -147,7 +147,7 @@ def encode_prompts(
                 max_sequence_length=limit,
                 text_encoder_out_layers=base.family.text_layers,
             )
-            tokens = str(_count_tokens(base, tokenizer, prompt))
+            tokens = str(count_tokens(base, tokenizer, prompt))
             entry = {"text": embeds[0].contiguous().cpu()}
             cache.put(name, entry, notes={"tokens": tokens, "limit": str(limit)})
         del pipeline
@@ -197,7 +197,8 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None]
 
 
-def _count_tokens(base: Base, tokenizer: Any, prompt: str) -> int:
+def count_tokens(base: Base, tokenizer: Any, prompt: str) -> int:
+    """Tokens of a prompt in its chat template, before anything is cut or padded."""
     if base.family.name == "dev":
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 

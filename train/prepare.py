@@ -3,7 +3,6 @@
 Owns which cache entries a run needs. After it, nothing looks at a picture again.
 """
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,24 +11,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_tools import buckets, records
-from data_tools.buckets import Geometry
+from data_tools.buckets import REFERENCE_SIDE, Geometry, reference_geometry
 from data_tools.records import Collection, Record
 from train import encode
 from train.base import Base
 from train.cache import DIGESTS, Cache, FileDigests, key
-from train.config import PIXEL_MULTIPLE, Config, DataConfig
+from train.config import Config, DataConfig
 from train.data import Example, Rules
 from train.encode import Keys, Mask, Picture
 from train.errors import DataError, bullet_list
 
-REFERENCE_AREA = 1024 * 1024
-"""Pixels of a reference picture at most, as in Flux2Pipeline."""
-
 PROVEN = "decoded.txt"
 """In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""
-
-REFERENCE_SIDE = 64
-"""Pixels of its sides at least, as in Flux2Pipeline."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +180,6 @@ def _add_lines(path: Path, lines: set[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in ["", *new]))
-
-
-def reference_geometry(width: int, height: int) -> Geometry:
-    """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
-    assert min(width, height) >= REFERENCE_SIDE
-    scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
-    sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
-    return Geometry(*sides)
 
 
 def _check_references(collection: Collection) -> None:

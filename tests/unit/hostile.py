@@ -102,6 +102,37 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def noise(kind: str, **options: object) -> bytes:
+    """A file of 64 x 64 pixels that compresses badly, so that cutting it cuts pixels."""
+    values = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(values), kind, **options)
+
+
+def two_frames(kind: str) -> bytes:
+    """An animation, or a file of two pages."""
+    pages = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    return encoded(pages[0], kind, save_all=True, append_images=pages[1:])
+
+
+def gif(frames: int) -> bytes:
+    """An animation whose frames differ."""
+    images = [Image.new("P", (9, 9), i) for i in range(frames)]
+    for i, image in enumerate(images):
+        image.putpalette([i * 40, 0, 0] * 256)
+    return encoded(images[0], "GIF", save_all=True, append_images=images[1:])
+
+
+def ftyp(brand: bytes) -> bytes:
+    """The start of a HEIC, AVIF or MP4 file."""
+    return b"\0\0\0\x18ftyp" + brand + bytes(4) + b"abcdefgh" + bytes(99)
+
+
+def patched(data: bytes, at: int, *values: bytes) -> bytes:
+    """Bytes with others in their place, from `at` on."""
+    new = b"".join(values)
+    return data[:at] + new + data[at + len(new) :]
+
+
 # ---- ICC profiles
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench, bench_report, bench_start
+from scripts import bench, bench_data, bench_pictures, bench_report, bench_start
 
 
 @pytest.mark.parametrize(("text", "number"), [("60M", 60_000_000), ("1.5K", 1500), ("7", 7)])
@@ -98,3 +98,51 @@ def test_a_job_without_previews_has_an_empty_phase(tmp_path: Path) -> None:
         bench_start.rows({"warm": {k: bench_report.spread([v]) for k, v in found.items()}}),
     ).splitlines()
     assert len(header) == len(line)
+
+
+def test_a_job_alone_has_its_own_memory() -> None:
+    held = bytearray(300_000_000)
+    seconds, peak = bench_data.alone(bench_data.bucket, 10, cores=1)
+    assert 0 < seconds < 5
+    assert 10_000_000 < peak < len(held)
+
+
+def test_the_data_benchmark_measures_all_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process each would take most of a minute here, for their imports
+    monkeypatch.setattr(
+        bench_data,
+        "alone",
+        lambda job, *rest, cores: (job(*rest) or 1.0, bench_data.peak_memory()),
+    )
+    arguments = ["data", "--pictures", "8", "--plan", "30", "--encode", "2"]
+    places = ["--folder", str(tmp_path), "--json", str(tmp_path / "x.json")]
+    assert bench.main([*arguments, *places]) == 0
+    results = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["results"]
+    counts = {kind: phase["pictures"] for kind, phase in results["phases"].items()}
+    assert counts == {
+        "bare Pillow": 8,
+        "inspect": 8,
+        "inspect, a quarter of them": 2,
+        "inspect, with page and JSON": 8,
+        "inspect, with page and JSON, a quarter": 2,
+        "bucketing": 8,
+        "toy encoding at 256 pixels": 2,
+        "plan, without decoding": 30,
+    }
+    for phase in results["phases"].values():
+        assert phase["seconds"]["median"] > 0
+        assert phase["peak"] > 10_000_000
+    assert results["times as fast as bare Pillow"].keys() == {"inspect", bench_data.PAGE}
+    assert "plan, without decoding" in capsys.readouterr().out
+
+
+def test_generated_pictures_are_made_once_and_alike_everywhere(tmp_path: Path) -> None:
+    root = bench_pictures.photos(tmp_path, count=4)
+    files = sorted(root.rglob("*.jpg"))
+    assert [path.parent.name for path in files] == ["0", "1", "2", "3"]
+    assert files[2].read_bytes() == bench_pictures.photo(2)
+    files[0].write_bytes(b"kept")
+    bench_pictures.photos(tmp_path, count=4)
+    assert files[0].read_bytes() == b"kept"

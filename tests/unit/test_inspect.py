@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data_tools import inspect
+from data_tools import inspect, pictures
+from data_tools.inspect import Settings
 from tests.unit import hostile
 
 
@@ -28,17 +30,20 @@ GOOD = """\
 {root}: 4 usable pictures
 
 Buckets at resolution 64, batch size 2
-  size        pictures   batches   cut off     scale
-  64x64              3         2        0%      0.80
-  96x32              1         1       20%      0.40
+  size        pictures   batches  not full   cut off     scale
+  64x64              3         2       (1)        0%      0.80
+  96x32              1         1       (1)       20%      0.40
   total              4         3
-  lose over 10 % of their area: d.png
 
 Captions: 4
   shortest 1 word (b.png)
   longest 3 words (d.png)
+  tokens not counted: without --config there is no base to count for
   4 of 4 have the trigger 'ohwx'
   one caption for b.png, c.png
+
+To look at
+  over 10 % is cut off: d.png
 
 The same picture more than once
   b.png, c.png
@@ -82,9 +87,11 @@ def test_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert facts["buckets"][0] == {
         "geometry": {"width": 64, "height": 64},
         "pictures": 3,
+        "showings": 3,
+        "batches": 3,
+        "partial": [],
         "crop": 0.0,
         "scale": 0.8,
-        "batches": 3,
     }
     assert facts["records"][3]["caption"] == "小火 ohwx"
 
@@ -93,9 +100,9 @@ def test_small_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     hostile.picture(tmp_path / "a.png", width=100, height=100)
     (tmp_path / "a.txt").write_text("x")
     assert inspect.main([str(tmp_path), "--resolution", "256"]) == 0
-    assert "  are too small for the full size: a.png\n" in capsys.readouterr().out
+    assert "  too small for the full size: a.png\n" in capsys.readouterr().out
     assert inspect.main([str(tmp_path), "--resolution", "128", "--max-upscale", "2"]) == 0
-    assert "  are enlarged: a.png\n" in capsys.readouterr().out
+    assert "  enlarged: a.png\n" in capsys.readouterr().out
 
 
 def test_settings_of_a_config(
@@ -136,6 +143,132 @@ def test_help_and_library_load_neither_torch_nor_datasets() -> None:
     code = (
         "import sys, data_tools.inspect\n"
         "heavy = {'torch', 'datasets', 'pandas', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def report_of(root: Path, tmp_path: Path, *options: str) -> dict:
+    file = tmp_path / "facts.json"
+    inspect.main([str(root), "--json", str(file), *options])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_an_epoch_is_what_training_takes(root: Path, tmp_path: Path) -> None:
+    """The table's batches against the order that the trainer draws, references included."""
+    lines = [
+        {"file_name": "a.png", "text": "a"},
+        {"file_name": "b.png", "text": "b", "references": ["a.png"]},
+        {"file_name": "c.png", "text": "c", "references": ["d.png"]},
+        {"file_name": "d.png", "text": "d"},
+    ]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = inspect._settings(
+        inspect._parser().parse_args([str(root), "--resolution", "64", "--batch-size", "2"])
+    )
+    data = settings.data.model_copy(update={"repeats": 3})
+    found = inspect.inspect(Settings(data, settings.schedule, None))
+    square, wide = found.buckets
+    assert (square.pictures, square.showings, square.batches) == (3, 9, 6)
+    assert (square.partial, wide.partial) == ((1, 1, 1), (1,))
+    assert found.batches == 8
+
+
+def test_several_resolutions_are_counted_each(root: Path) -> None:
+    settings = inspect._settings(inspect._parser().parse_args([str(root), "--resolution", "64"]))
+    data = settings.data.model_copy(update={"resolution": (64, 80)})
+    found = inspect.inspect(Settings(data, settings.schedule, None))
+    assert sum(bucket.pictures for bucket in found.buckets) == 2 * len(found.rows) == 8
+    assert all(len(row.placements) == 2 for row in found.rows)
+
+
+def test_enlarging_adds_no_pixels(tmp_path: Path) -> None:
+    hostile.picture(tmp_path / "a.png", width=96, height=96)
+    (tmp_path / "a.txt").write_text("x")
+    facts = report_of(tmp_path, tmp_path, "--resolution", "128", "--max-upscale", "2")
+    assert facts["records"][0]["geometry"] == {"width": 128, "height": 128}
+    assert facts["records"][0]["effective"] == [96, 96]
+    assert facts["records"][0]["marks"] == ["enlarged"]
+
+
+def test_tokens_are_counted_by_the_base_or_not_at_all(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "x.yaml"
+
+    def facts(model: str) -> dict:
+        config.write_text(
+            f"name: x\nbase:\n  model: {model}\n  dtype: fp32\ndata:\n  path: {root}\n"
+            "  resolution: 64\ntrain:\n  steps: 12\n  batch_size: 2\n"
+        )
+        return report_of(root, tmp_path, "--config", str(config))
+
+    (root / "a.txt").write_text("ohwx " * 50)
+    counted = facts("toy")
+    assert counted["tokens"] == {"note": "by the tokenizer of toy", "limit": 32}
+    tokens = [record["tokens"] for record in counted["records"]]
+    assert tokens[0] > 32 > max(tokens[1:])
+    assert [record["name"] for record in counted["records"] if "truncated" in record["marks"]] == [
+        "a.png"
+    ]
+    assert counted["epoch"] == {"batches": 3, "epochs": 4.0}
+    missing = facts("nobody/nothing")
+    assert missing["tokens"]["note"] == "not counted: nobody/nothing isn't on this machine"
+    assert {record["tokens"] for record in missing["records"]} == {None}
+
+
+def test_words_and_tags(tmp_path: Path) -> None:
+    captions = ["a red fox, forest, night", "the red fox, snow, day", "小火人，森林，夜晚"]
+    for seed, caption in enumerate(captions):
+        hostile.picture(tmp_path / f"{seed}.png", seed=seed)
+        (tmp_path / f"{seed}.txt").write_text(caption, encoding="utf-8")
+    facts = report_of(tmp_path, tmp_path, "--resolution", "64")
+    assert facts["words"]["red"] == facts["words"]["fox"] == 2
+    assert facts["words"]["小火"] == facts["words"]["火人"] == 1
+    assert "the" not in facts["words"]
+    assert facts["tags"]["小火人"] == facts["tags"]["a red fox"] == 1
+    (tmp_path / "2.txt").write_text("a long sentence without any commas that goes on and on")
+    assert report_of(tmp_path, tmp_path, "--resolution", "64")["tags"] == {}
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "message"),
+    [
+        ("--html", "a.png", "--html: {here}/a.png must end in .html"),
+        ("--json", "metadata.jsonl", "--json: {here}/metadata.jsonl must end in .json"),
+        ("--html", "no/x.html", "--html: there is no folder {here}/no; make it first"),
+    ],
+)
+def test_nothing_that_matters_is_overwritten(
+    option: str, file: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (root / "a.png").read_bytes()
+    assert inspect.main([str(root), option, str(root / file)]) == 2
+    assert capsys.readouterr().err == message.format(here=root) + "\n"
+    assert (root / "a.png").read_bytes() == before
+
+
+def test_each_file_is_read_and_decoded_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+    decodes: list[Path] = []
+    read, decode = pictures._bytes, pictures._decode
+    monkeypatch.setattr(pictures, "_bytes", lambda path: (reads.update([path.name]), read(path))[1])
+    monkeypatch.setattr(
+        pictures, "_decode", lambda path, image: (decodes.append(path), decode(path, image))[1]
+    )
+    page = tmp_path / "x.html"
+    assert inspect.main([str(root), "--resolution", "64", "--html", str(page)]) == 0
+    assert reads == Counter({"a.png": 1, "b.png": 1, "c.png": 1, "d.png": 1})
+    assert len(decodes) == 4
+
+
+def test_training_does_not_pay_for_measures(root: Path) -> None:
+    code = (
+        "import sys\nfrom data_tools import records\nfrom train.config import DataConfig\n"
+        f"records.read(DataConfig(path={str(root)!r}, resolution=64))\n"
+        "heavy = {'imagehash', 'scipy', 'data_tools.examine'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -34,6 +34,7 @@ LAYERS = {
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
         *("data_tools.answers", "data_tools.caption_files", "data_tools.journal"),
         *("data_tools.instructions", "data_tools.captioners"),
+        *("data_tools.records", "data_tools.workers", "data_tools.examine"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
@@ -43,6 +44,10 @@ LAYERS = {
     5: ["train.loop", "train.trainer", "train.prepare", "data_tools.caption_*"],
     6: ["train.run", "train.export_run", "train.compare"],
     7: ["data_tools.inspect", "data_tools.caption", "train.doctor", "train.py", "scripts.*"],
+    7: [
+        *("data_tools.inspect", "data_tools.report", "data_tools.page", "data_tools.tokens"),
+        *("train.doctor", "train.py", "scripts.*"),
+    ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
@@ -57,6 +62,9 @@ HIGHEST = {
     "train.loop": 0,
     "data_tools.inspect": 2,
     "data_tools.caption_job": 2,
+    "data_tools.report": 2,
+    "data_tools.page": 2,
+    "data_tools.tokens": 3,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -72,13 +80,16 @@ SIDEWAYS = {
     "data_tools.caption_files": {"data_tools.folder", "data_tools.sources"},
     "data_tools.captioners.models": {"data_tools.captioners.*"},
     "data_tools.captioners.local": {"data_tools.captioners.dialects"},
+    "data_tools.page": {"data_tools.report"},
+    "data_tools.tokens": {"data_tools.report"},
+    "data_tools.inspect": {"data_tools.report", "data_tools.page", "data_tools.tokens"},
     "train.encode": {"train.base"},
     "train.checkpoint": {"train.lora"},
     "train.export": {"train.lora"},
     "train.run": {"train.export_run"},
     "train.compare": {"train.export_run"},
     "train.py": {"scripts.kindling"},
-    "scripts.*": {"scripts.*"},
+    "scripts.*": {"scripts.*", "data_tools.inspect"},
 }
 """Allowed imports inside a layer (fnmatch patterns)."""
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from data_tools import pictures
+from data_tools import buckets, pictures
 from data_tools.buckets import Geometry
 from tests import runs
 from train import encode, prepare, run
@@ -235,7 +235,7 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(base, request):
     found = resolve(BaseConfig(model=str(request.getfixturevalue(base))))
     tokenizer = found.load_tokenizer()
     limit = tokenizer.model_max_length
-    counts = {n: encode._count_tokens(found, tokenizer, "?" * n) for n in range(60)}
+    counts = {n: encode.count_tokens(found, tokenizer, "?" * n) for n in range(60)}
     for tokens, whole in ((limit, True), (limit + 1, False)):
         prompt = "?" * next(n for n in counts if counts[n] == tokens)
         assert _closing_tag_survives(found, tokenizer, prompt, limit=limit) == whole
@@ -276,11 +276,11 @@ def write_metadata(folder: Path, **references: list[str]) -> None:
     ],
 )
 def test_references_are_sized_as_the_pipeline_sizes_them(size, expected):
-    assert prepare.reference_geometry(*size) == Geometry(*expected)
+    assert buckets.reference_geometry(*size) == Geometry(*expected)
 
 
 def test_references_come_from_metadata_into_a_batch(tmp_path, dev_folder, monkeypatch):
-    monkeypatch.setattr(prepare, "REFERENCE_AREA", 128 * 128)
+    monkeypatch.setattr(buckets, "REFERENCE_AREA", 128 * 128)
     folder = tmp_path / "data"
     for number, size in enumerate([(64, 64), (96, 64), (320, 240)]):
         runs.draw_picture(folder / f"p{number}.png", size=size, seed=number)

@@ -1,48 +1,17 @@
 """Folders of every kind: the right records in the right order, or every fault by name."""
 
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from data_tools import captions, folder, records
-from data_tools.records import Collection
-from data_tools.sources import Fault, Note
+from data_tools import folder, records
+from data_tools.sources import Note
 from tests.unit import hostile
-from train.config import DataConfig
+from tests.unit.folders import faults, names, pair, settings, survey, table
 from train.errors import DataError
-
-
-def settings(root: Path, **changes: object) -> DataConfig:
-    return DataConfig.model_validate({"path": str(root), "resolution": 64} | changes)
-
-
-def pair(root: Path, name: str, caption: str | bytes = "a picture", *, seed: int = 0) -> Path:
-    path = hostile.picture(root / name, seed=seed)
-    data = caption.encode() if isinstance(caption, str) else caption
-    path.with_suffix(".txt").write_bytes(data)
-    return path
-
-
-def table(root: Path, *lines: object) -> None:
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (root / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
-
-
-def survey(root: Path, **changes: object) -> Collection:
-    return records.survey(settings(root, **changes), progress=False)
-
-
-def names(collection: Collection) -> list[str]:
-    return [record.name for record in collection.records]
-
-
-def faults(root: Path, **changes: object) -> list[tuple[str, str]]:
-    return [(fault.path, fault.reason) for fault in survey(root, **changes).faults]
-
 
 # ---- folders with sidecars
 
@@ -79,67 +48,6 @@ def test_names_in_either_unicode_form_belong_together(tmp_path: Path) -> None:
     hostile.picture(tmp_path / "e\u0301.png")  # as macOS writes it
     (tmp_path / "\u00e9.txt").write_text("accent")  # as others do
     assert [record.caption for record in survey(tmp_path).records] == ["accent"]
-
-
-@pytest.mark.parametrize(
-    ("data", "caption"),
-    [
-        (b"\xef\xbb\xbfwith a mark\r\n", "with a mark"),
-        (b"  two\nlines \r\n\r\n and three\t\n", "two lines and three"),
-        ("e\u0301\u3000x".encode(), "e\u0301\u3000x"),
-        ("a\u2028b".encode(), "a b"),
-    ],
-)
-def test_captions_are_one_trimmed_line(tmp_path: Path, data: bytes, caption: str) -> None:
-    pair(tmp_path, "a.png", data)
-    assert survey(tmp_path).records[0].caption == caption
-
-
-@pytest.mark.parametrize(
-    ("data", "where", "reason"),
-    [
-        (b"", "a.png", "no caption; write it in a.txt"),
-        (b" \n\t\r\n", "a.png", "no caption; write it in a.txt"),
-        (b"\xef\xbb\xbf", "a.png", "no caption; write it in a.txt"),
-        (b"caf\xe9", "a.txt", "not UTF-8: byte 0xe9 at offset 3; save it as UTF-8"),
-        (
-            b"\xef\xbb\xbfab\xff",
-            "a.txt",
-            "not UTF-8: byte 0xff at offset 5; save it as UTF-8",
-        ),
-        (
-            "abc".encode("utf-16"),
-            "a.txt",
-            "not UTF-8 but probably UTF-16; save it as UTF-8",
-        ),
-        (
-            "abc".encode("utf-16-le"),
-            "a.txt",
-            "not UTF-8 but probably UTF-16; save it as UTF-8",
-        ),
-        (b"x" * 100_001, "a.txt", "over 100 kB; this can't be a caption"),
-    ],
-)
-def test_unfit_captions(tmp_path: Path, data: bytes, where: str, reason: str) -> None:
-    pair(tmp_path, "a.png", data)
-    assert faults(tmp_path) == [(where, reason)]
-    with pytest.raises(DataError) as caught:
-        records.read(settings(tmp_path, bad_pictures="skip"), progress=False)
-    assert str(caught.value) == f"{tmp_path}: these must be mended first:\n  {where}: {reason}"
-
-
-def test_one_caption_file_for_two_pictures(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png")
-    hostile.picture(tmp_path / "a.jpg")
-    claim = "captions a.jpg and a.png; give each picture one caption file of its own"
-    assert faults(tmp_path) == [("a.txt", claim)]
-
-
-def test_two_caption_files_for_one_picture(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png")
-    (tmp_path / "a.TXT").write_text("another")
-    claim = "captions a.png; give each picture one caption file of its own"
-    assert faults(tmp_path) == [("a.TXT and a.txt", claim)]
 
 
 def test_what_is_left_over_is_named(tmp_path: Path) -> None:
@@ -200,71 +108,6 @@ def test_no_folder(tmp_path: Path) -> None:
         assert str(caught.value) == f"{tmp_path / name}: {reason}"
 
 
-# ---- the trigger
-
-
-@pytest.mark.parametrize(
-    ("caption", "trigger", "expected"),
-    [
-        ("a photo of ohwx, smiling", "ohwx", True),
-        ("ohwx", "ohwx", True),
-        ("an ohwxy thing", "ohwx", False),
-        ("an ohwxy thing by ohwx", "ohwx", True),
-        ("my_ohwx", "ohwx", False),
-        ("Ohwx smiles", "ohwx", False),
-        ("一只小火人在森林", "小火人", True),
-        ("ohwx人在森林", "ohwx", True),
-        ("트리거는 달린다", "트리거", True),
-        ("in <ohwx> style", "<ohwx>", True),
-        ("a red fox dog", "red fox", True),
-        ("a red foxes dog", "red fox", False),
-    ],
-)
-def test_trigger_is_a_whole_word(caption: str, trigger: str, expected: bool) -> None:
-    assert captions.has_trigger(caption, trigger=trigger) is expected
-
-
-def test_trigger_required(tmp_path: Path) -> None:
-    texts = ["ohwx runs", "he runs", "Ohwx runs", "ohwxs run"]
-    for seed, text in enumerate(texts):
-        pair(tmp_path, f"{seed}.png", text, seed=seed)
-    lacks = "the caption lacks the trigger 'ohwx'"
-    assert faults(tmp_path, trigger="ohwx") == [
-        ("1.txt", lacks),
-        ("2.txt", f"{lacks}, though it has it in other letters; write it exactly alike"),
-        ("3.txt", f"{lacks} as a word of its own"),
-    ]
-
-
-def test_an_optional_trigger_leaves_captions_as_they_are(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png", "a red circle")
-    found = survey(tmp_path, trigger="ohwx", trigger_mode="optional")
-    assert found.faults == ()
-    assert found.records[0].caption == "a red circle"
-
-
-def test_trigger_prepended_only_where_it_lacks(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png", "ohwx runs")
-    pair(tmp_path, "b.png", "he runs", seed=1)
-    found = survey(tmp_path, trigger=" ohwx ", trigger_mode="prepend")
-    assert [record.caption for record in found.records] == ["ohwx runs", "ohwx, he runs"]
-
-
-def test_trigger_for_missing_captions(tmp_path: Path) -> None:
-    hostile.picture(tmp_path / "a.png")
-    hostile.picture(tmp_path / "a.jpg")  # no a.txt: nothing to quarrel over
-    found = survey(tmp_path, trigger="ohwx", missing_captions="trigger")
-    assert [record.caption for record in found.records] == ["ohwx", "ohwx"]
-    assert found.faults == ()
-
-
-@pytest.mark.parametrize(
-    ("caption", "count"), [("a red fox", 3), ("小火人 runs - fast", 5), ("", 0), ("한국어", 3)]
-)
-def test_words(caption: str, count: int) -> None:
-    assert captions.words(caption) == count
-
-
 # ---- bad pictures
 
 
@@ -318,146 +161,6 @@ def test_what_is_proven_is_not_decoded(tmp_path: Path) -> None:
     cut = hashlib.sha256(path.read_bytes()).hexdigest()
     assert cut != sha256
     assert records.survey(settings(tmp_path), proven={cut}, progress=False).faults == ()
-
-
-# ---- metadata.jsonl
-
-
-def test_metadata(tmp_path: Path) -> None:
-    for seed, name in enumerate(["小.png", "sub/b.png", "before/1.png", "before/2.png"]):
-        hostile.picture(tmp_path / name, seed=seed)
-    table(
-        tmp_path,
-        {"file_name": "sub/b.png", "text": " first\nline "},
-        "",
-        {
-            "file_name": "./小.png",
-            "caption": "第二",
-            "references": ["before/2.png", "before/1.png"],
-        },
-    )
-    found = survey(tmp_path)
-    assert (found.faults, found.notes) == ((), ())
-    first, second = found.records
-    assert (first.name, first.caption, first.references) == ("sub/b.png", "first line", ())
-    assert second.caption_source == "metadata.jsonl:3"
-    assert second.references == (tmp_path / "before/2.png", tmp_path / "before/1.png")
-    assert second.reference_sizes == ((96, 64), (96, 64))
-    assert len(set(second.reference_sha256)) == 2
-
-
-LINES: list[tuple[object, str]] = [
-    (
-        '{"file_name": "a.png", "text": "x"',
-        "broken JSON: Expecting ',' delimiter, column 35",
-    ),
-    ("a.png, a text", "broken JSON: Expecting value, column 1"),
-    ("[1]", 'a line must be an object like {"file_name": "a.png", "text": "..."}'),
-    ("[" * 100_000, "broken JSON: nested too deep"),
-    (
-        '{"file_name": "a.png", "text": "x", "text": "y"}',
-        "key 'text' stands twice",
-    ),
-    ({"filename": "a.png", "text": "x"}, "file_name is missing; the line has filename, text"),
-    ({"file_name": "a.png", "text": "x", "caption": "y"}, "has both text and caption; keep one"),
-    ({"file_name": "a.png", "text": 5}, "the caption must be text, not 5"),
-    (
-        '{"file_name": "a.png", "text": "\\ud800"}',
-        "the caption holds half a character (a lone \\ud800 to \\udfff)",
-    ),
-    ({"file_name": 5, "text": "x"}, "a file name must be text, not 5"),
-    ({"file_name": "b.png", "text": "x"}, "no file 'b.png'; did you mean 'a.png'?"),
-    ({"file_name": "zzzz", "text": "x"}, "no file 'zzzz'"),
-    (
-        {"file_name": "sub\\c.png", "text": "x"},
-        "no file 'sub\\\\c.png'; write / between folders",
-    ),
-    (
-        {"file_name": "../a.png", "text": "x"},
-        "'../a.png' leads out of the folder; give names relative to it",
-    ),
-    (
-        {"file_name": "/etc/passwd", "text": "x"},
-        "'/etc/passwd' leads out of the folder; give names relative to it",
-    ),
-    (
-        {"file_name": "C:\\a.png", "text": "x"},
-        "'C:\\\\a.png' leads out of the folder; give names relative to it",
-    ),
-    (
-        {"file_name": "a.png", "text": "x", "references": "sub/c.png"},
-        'references must be a list like ["a.png", "b.png"]',
-    ),
-    (
-        {"file_name": "a.png", "text": "x", "references": ["sub/d.png"]},
-        "no file 'sub/d.png'; did you mean 'sub/c.png'?",
-    ),
-    ({"file_name": "good.png", "text": "x"}, "'good.png' was on line 1 already"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason"), LINES)
-def test_a_bad_line_is_named_and_the_rest_is_kept(
-    tmp_path: Path, line: object, reason: str
-) -> None:
-    for seed, name in enumerate(["good.png", "a.png", "sub/c.png"]):
-        hostile.picture(tmp_path / name, seed=seed)
-    table(tmp_path, {"file_name": "good.png", "text": "x"}, line)
-    assert faults(tmp_path) == [("metadata.jsonl:2", reason)]
-    assert names(survey(tmp_path)) == ["good.png"]
-
-
-def test_a_line_without_a_caption(tmp_path: Path) -> None:
-    hostile.picture(tmp_path / "a.png")
-    for row in ({"file_name": "a.png"}, {"file_name": "a.png", "text": None}):
-        table(tmp_path, row)
-        assert faults(tmp_path) == [("a.png", "no caption; write it in metadata.jsonl:1")]
-
-
-def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
-    hostile.picture(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_bytes(b'\n{"file_name": "a.png", "text": "caf\xe9"}\n')
-    reason = "not UTF-8: byte 0xe9 at offset 35; save it as UTF-8"
-    assert faults(tmp_path) == [("metadata.jsonl:2", reason)]
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"\n \n", "empty; write one line for each picture"),
-        ("{}".encode("utf-16"), "not UTF-8 but UTF-16; save it as UTF-8"),
-    ],
-)
-def test_unfit_metadata(tmp_path: Path, data: bytes, reason: str) -> None:
-    hostile.picture(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_bytes(data)
-    assert faults(tmp_path) == [("metadata.jsonl", reason)]
-
-
-def test_metadata_alone_says_what_is_used(tmp_path: Path) -> None:
-    pair(tmp_path, "a.png", "not this")
-    pair(tmp_path, "b.png", seed=1)
-    table(tmp_path, {"file_name": "a.png", "text": "this", "width": 3, "mood": "x"})
-    found = survey(tmp_path)
-    assert [record.caption for record in found.records] == ["this"]
-    assert found.notes == (
-        Note("a.txt", "not read: metadata.jsonl has the captions"),
-        Note("b.png", "not used: not in metadata.jsonl"),
-        Note("b.txt", "not read: metadata.jsonl has the captions"),
-        Note("metadata.jsonl", "keys that are not read: mood, width"),
-    )
-
-
-def test_a_bad_reference_spoils_its_record(tmp_path: Path) -> None:
-    hostile.picture(tmp_path / "a.png")
-    (tmp_path / "ref.png").write_bytes(b"")
-    table(tmp_path, {"file_name": "a.png", "text": "x", "references": ["ref.png"]})
-    found = survey(tmp_path)
-    assert found.faults == (
-        Fault("a.png", "its reference ref.png can't be used", skippable=True),
-        Fault("ref.png", "empty file (0 bytes); get it again or remove it", skippable=True),
-    )
-    assert len(found.records) == 0
 
 
 # ---- the data set as a whole

@@ -1,0 +1,126 @@
+"""The report as one HTML page that needs nothing else: `page.html.jinja` filled in.
+
+Owns thumbnails and what of a row is shown. Its looks and its keys are the template's. Rows are
+written one at a time, and thumbnails wait on disk, so memory doesn't grow with them.
+"""
+
+import base64
+import io
+import os
+import secrets
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from data_tools import pictures, report
+from data_tools.report import MARKS, Report, Row
+
+TEMPLATE = "page.html.jinja"
+
+
+class Thumbnails:
+    """Small JPEGs by name, in a file; any thread may put them there."""
+
+    def __init__(self, spool: BinaryIO) -> None:
+        self._spool = spool
+        self._places: dict[str, tuple[int, int]] = {}
+        self._lock = Lock()
+
+    def put(self, name: str, image: Image.Image) -> None:
+        """Keep an RGB picture. At 256 pixels a side it costs the page some 10 kB."""
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=75)
+        with self._lock:
+            at = self._spool.seek(0, os.SEEK_END)
+            self._spool.write(data.getbuffer())
+            self._places[name] = (at, data.tell())
+
+    def uri(self, name: str) -> str:
+        """A picture as a data URI."""
+        at, length = self._places[name]
+        with self._lock:
+            self._spool.seek(at)
+            data = self._spool.read(length)
+        return Markup("data:image/jpeg;base64," + base64.b64encode(data).decode())
+
+
+def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
+    """Write the page to `path`. All texts of the data set are escaped. Raises OSError."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    stream = environment.get_template(TEMPLATE).stream(
+        report=found,
+        cards=_cards(found, thumbnails, path.resolve().parent),
+        marks={mark: (MARKS[mark], len(rows)) for mark, rows in found.marked.items()},
+        words=_frequent(report.words(found), found),
+        tags=_frequent(report.tags(found), found),
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        nonce=secrets.token_urlsafe(16),
+        labels=MARKS,
+    )
+    stream.enable_buffering(100)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(stream)
+
+
+def _cards(found: Report, thumbnails: Thumbnails, home: Path) -> Iterator[dict[str, Any]]:
+    """What is shown of each row. Links to the originals are relative to the page's folder."""
+    root = os.path.relpath(Path(found.data.path).expanduser().resolve(), home)
+    groups = {index: number for number, group in enumerate(found.alike) for index in group}
+    for index, row in enumerate(found.rows):
+        record, geometry = row.record, row.placement.geometry
+        left, top, right, bottom = pictures.crop_box(record.width, record.height, geometry=geometry)
+        yield {
+            "row": row,
+            "thumbnail": thumbnails.uri(record.sha256),
+            "original": quote(f"{root}/{record.name}".replace(os.sep, "/")),
+            "crop": {
+                "left": 100 * left / record.width,
+                "top": 100 * top / record.height,
+                "width": 100 * (right - left) / record.width,
+                "height": 100 * (bottom - top) / record.height,
+            },
+            "facts": _facts(row, found),
+            "group": groups.get(index, -1),
+        }
+
+
+def _frequent(counts: list[tuple[str, int]], found: Report) -> list[tuple[str, int]]:
+    """Without what only one of many captions has."""
+    least = 1 if len(found.rows) < 10 else 2
+    return [(word, count) for word, count in counts if count >= least]
+
+
+def _facts(row: Row, found: Report) -> list[tuple[str, str]]:
+    """Label and value, as a reader would ask for them."""
+    record, place, look = row.record, row.placement, row.measures
+    trained, (width, height) = place.geometry, row.effective
+    how = "enlarged" if place.scale > 1 else "scaled"
+    tokens = f"{row.tokens} of {found.tokens.limit}" if row.tokens is not None else "not counted"
+    facts = [
+        ("Size", f"{record.width} × {record.height}"),
+        ("Trained at", f"{trained.width} × {trained.height}, {how} {place.scale:.2f}×"),
+        ("Reaches training", f"{width} × {height} pixels of its own"),
+        ("Cut off", f"{place.crop:.1%}"),
+        ("Tokens", tokens),
+        ("Sharpness", f"{look.sharpness:.2f}"),
+        ("Brightness", f"{look.brightness:.0%}"),
+        ("Plain black, white", f"{look.black:.0%}, {look.white:.0%}"),
+        ("Caption from", record.caption_source),
+    ]
+    if record.references:
+        names = ", ".join(path.name for path in record.references)
+        facts.append(("References", names))
+    return facts
