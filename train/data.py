@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from train import flow, randomness
+from train import flow, randomness, texts
 from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
@@ -137,7 +137,7 @@ class Loader:
         names = example.mirrored if flip and example.mirrored else example.pictures
         text = self.empty_text if drop and self.empty_text else example.text
         latents = [self.cache.get(name)["latents"] for name in names]
-        return latents, self.cache.get(text)["text"]
+        return latents, texts.get(self.cache, text)
 
 
 @dataclass(frozen=True)

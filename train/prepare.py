@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from data_tools import buckets, records
 from data_tools.buckets import Geometry
 from data_tools.records import Collection, Record
-from train import encode
+from train import encode, encode_text
 from train.base import Base
 from train.cache import DIGESTS, Cache, FileDigests
 from train.config import PIXEL_MULTIPLE, Config
@@ -64,7 +64,8 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     if main:
         _add_lines(proven, _digests(collection))
     with accelerator.main_process_first():
-        keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
+        digests = FileDigests(cache.root / DIGESTS)
+        keys = Keys.of(base, digests=digests, settings=config.encode)
     shown = [
         _pictures(record, placement.geometry)
         for record, placement in zip(collection.records, plan.placements, strict=True)
@@ -78,7 +79,9 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     device = accelerator.device
     encoded = encode.encode_pictures(
         base, wanted, keys=keys, cache=cache, device=device, share=share
-    ) + encode.encode_prompts(base, prompts, keys=keys, cache=cache, device=device, share=share)
+    ) + encode_text.encode_prompts(
+        base, prompts, keys=keys, cache=cache, device=device, share=share
+    )
     encoded = sum(gather_object([encoded]))  # waits for everyone too
     return Prepared(
         collection,
@@ -90,7 +93,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
         cache=cache,
         keys=keys,
         encoded=encoded,
-        truncated=encode.truncated(prompts, keys=keys, cache=cache),
+        truncated=encode_text.truncated(prompts, keys=keys, cache=cache),
         read_at=read_at,
     )
 

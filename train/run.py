@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from train import checkpoint, config_load, export_run, loop, lora, randomness, sample
+from train import (
+    checkpoint,
+    config_load,
+    encode_text,
+    export_run,
+    loop,
+    lora,
+    randomness,
+    sample,
+    texts,
+)
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -112,6 +122,7 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
     order = _order(config, prepared)
     epochs = train.steps * train.accumulate * world / order.epoch_length
     buckets = ", ".join(f"{b.geometry} × {b.pictures}" for b in prepared.plan.buckets)
+    captions = {record.caption for record in collection.records}
     lines = [
         f"base: {base.name} ({base.family.name}, {config.base.dtype})",
         f"data: {len(prepared.examples)} pictures in {config.data.path}; buckets {buckets}",
@@ -119,6 +130,7 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
         f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''}), "
         f"{epochs:.1f} passes over the data",
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
+        encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
     skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
     if skipped:
@@ -274,12 +286,12 @@ def _build(
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
     cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
     requests = sample.requests(
-        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts],
+        [texts.get(cache, keys.prompt(prompt)) for prompt in prompts],
         preview=config.preview,
         resolution=config.data.resolution,
         seeds=range(len(prompts)),
     )
-    return Previews(requests, cache.get(keys.prompt(""))["text"], folder)
+    return Previews(requests, texts.get(cache, keys.prompt("")), folder)
 
 
 def _write_facts(folder: Path, config: Config) -> None:
