@@ -71,23 +71,24 @@ class TextEncoder:
     """The base's text encoder inside its pipeline; runs prompts in as few positions as it may.
 
     With pads first, attention looks back only and pads are masked, so positions before a prompt's
-    own change nothing. That a shorter run gives the same bits on this machine is proved with the
-    empty prompt for each window before the first use; where it doesn't, prompts run whole.
+    own change nothing; but another shape may be another kernel, with other last bits. So a window
+    is used where the empty prompt has the same bits in it as whole, on this machine; otherwise
+    prompts run whole.
     """
 
     def __init__(self, base: Base, *, device: torch.device, settings: EncodeConfig) -> None:
         self._base = base
         self._device = device
         self._tokenizer = base.load_tokenizer()
-        model = base.load_text_encoder(device, quantize=settings.text_quantize)
-        model.register_forward_pre_hook(self._cut, with_kwargs=True)
-        self._pipeline: Any = base.pipeline(text_encoder=model, tokenizer=self._tokenizer)
+        self.model = base.load_text_encoder(device, quantize=settings.text_quantize)
+        self.model.register_forward_pre_hook(self._cut, with_kwargs=True)
+        self._pipeline: Any = base.pipeline(text_encoder=self.model, tokenizer=self._tokenizer)
         self.limit = max_text_tokens(self._tokenizer)
         """Positions of a whole run."""
         self._window = self.limit
         self.eight_bits = settings.text_storage == "8bit"
         self.pads_first = base.family.padding_side == "left"
-        # int8 treats the columns of a matrix by all rows that it sees, so each row counts
+        # LLM.int8 may treat a column by all rows that it sees, so no row can be left out
         self._may_cut = self.pads_first and settings.text_quantize != "int8"
         self._proved: dict[int, bool] = {}
 
