@@ -8,6 +8,7 @@ passes or fails.
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -41,9 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(scratch) / "dev"
         _fresh(make_base, folder)
         size = sum(f.stat().st_size for f in (folder / "text_encoder").glob("*.safetensors"))
-        results = {
-            side: _fresh(measure, folder, *SIDES[side], options.captions) for side in options.side
-        }
+        results = {}
+        for side in options.side:
+            results[side] = _fresh(measure, folder, *SIDES[side], options.captions)
+            print(f"{side}: {results[side]}", file=sys.stderr, flush=True)
     report["results"] = {"file": size, "captions": options.captions, "sides": results}
     print(f"{size / 1e6:.0f} MB on disk, in bf16")
     print(bench_report.table(HEADER, [_row(side, found) for side, found in results.items()]))
