@@ -198,7 +198,7 @@ def test_nothing_that_is_not_finite_is_stored(dev, tmp_path, monkeypatch):
 
     def broken(self: Base, device: torch.device, *, quantize: str) -> Any:
         encoder = load(self, device, quantize=quantize)
-        encoder.get_input_embeddings().weight[3] = float("nan")
+        encoder.get_parameter("embed_tokens.weight")[3] = float("nan")
         return encoder
 
     monkeypatch.setattr(Base, "load_text_encoder", torch.no_grad()(broken))
