@@ -72,7 +72,8 @@ def make_base(folder: Path) -> None:
         {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     )
     torch.manual_seed(0)
-    encoder = Mistral3ForConditionalGeneration(config).to(torch.bfloat16)
+    encoder: Any = Mistral3ForConditionalGeneration(config)
+    encoder.to(torch.bfloat16)
     encoder.save_pretrained(folder / "text_encoder", max_shard_size="50MB")
     tokenizer.save_pretrained(folder / "tokenizer")
     index = {"_class_name": "Flux2Pipeline"}
