@@ -5,7 +5,9 @@ training. Each part is fetched and loaded when it is needed and not before.
 """
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,13 +124,45 @@ class Base:
 
         return AutoTokenizer.from_pretrained(self.folder("tokenizer"))
 
-    def load_text_encoder(self, device: torch.device) -> "PreTrainedModel":
-        """The text encoder, frozen, in the base's type."""
-        import transformers
+    def load_text_encoder(
+        self, device: torch.device, *, quantize: str = "none"
+    ) -> "PreTrainedModel":
+        """What a prompt passes through of the text encoder, frozen, in the base's type.
 
-        model_class = getattr(transformers, self.family.text_encoder)
-        model = model_class.from_pretrained(self.folder("text_encoder"), dtype=self.dtype)
-        return _frozen(model, device)
+        That is the embedding and the decoder layers up to the last state that is used (dev: 30 of
+        40; no vision tower, no output head). Other weights are never read. Each goes from the file
+        straight to the device, and with `quantize` (int8, nf4) it is quantised there before the
+        next one comes, so the device never holds the whole model in bf16.
+        Raises ConfigError for a folder that lacks any of these weights.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        folder, last = self.folder("text_encoder"), self.family.text_layers[-1]
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        layers = config.num_hidden_layers
+        config.num_hidden_layers = min(layers, last)
+        if config.to_dict().get("layer_types"):
+            config.layer_types = config.layer_types[:last]
+        with _quiet():
+            model, found = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=self.dtype,
+                key_mapping={r"^(model\.)?language_model\.(model\.)?": ""},
+                quantization_config=_quantization(quantize, dtype=self.dtype),
+                device_map={"": device},
+                output_loading_info=True,
+            )
+        lacking = sorted(found["missing_keys"])
+        if layers < last or lacking:
+            problem = f"{layers} layers, {last} are needed" if layers < last else f"no {lacking[0]}"
+            raise ConfigError(
+                f"base.model: {folder} isn't {self.family.name}'s text encoder: it has {problem}. "
+                "It must be the one of the base's own repository."
+            )
+        if layers > last:
+            model.norm = torch.nn.Identity()  # it belongs after the whole model's last layer
+        return model.requires_grad_(False).eval()
 
     def load_scheduler(self) -> Any:
         """The sampler's noise schedule, a FlowMatchEulerDiscreteScheduler."""
@@ -162,6 +196,35 @@ class Base:
 
 def _frozen(model: Any, device: torch.device) -> Any:
     return model.requires_grad_(False).eval().to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of the weights that were left out on purpose."""
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    before = get_verbosity()
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
+def _quantization(name: str, *, dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings; None for "none"."""
+    from transformers import BitsAndBytesConfig
+
+    if name == "none":
+        return None
+    if name == "int8":
+        # it would say for every matrix of every prompt that it computes in fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    assert name == "nf4"
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def max_text_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -70,9 +70,9 @@ class Cache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 intact = file.metadata().get("checksum") == _checksum(tensors)
         except (FileNotFoundError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {error}. {_REMEDY}") from None
+            raise CheckpointError(f"{path}: {error}. {REMEDY}") from None
         if not intact:
-            raise CheckpointError(f"{path}: its contents don't match their checksum. {_REMEDY}")
+            raise CheckpointError(f"{path}: its contents don't match their checksum. {REMEDY}")
         return tensors
 
     def notes(self, key: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ class Cache:
             return file.metadata()
 
 
-_REMEDY = "Delete that cache file and start again; it is made anew."
+REMEDY = "Delete that cache file and start again; it is made anew."
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import checkpoint, config_load, encode, export, sample
+from train import checkpoint, config_load, encode_text, export, sample, texts
 from train.base import Base, resolve
 from train.board import board
 from train.cache import DIGESTS, Cache, FileDigests
@@ -73,17 +73,17 @@ def draw_all(
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = Cache(Path(config.cache))
-    keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
-    encode.encode_prompts(base, [*prompts, ""], keys=keys, cache=cache, device=device)
+    keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS), settings=config.encode)
+    encode_text.encode_prompts(base, [*prompts, ""], keys=keys, cache=cache, device=device)
     preview = config.preview
     requests = sample.requests(
-        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts for _ in range(seeds)],
+        [texts.get(cache, keys.prompt(prompt)) for prompt in prompts for _ in range(seeds)],
         preview=preview,
         resolution=max(config.data.resolutions),
         seeds=[*range(seeds)] * len(prompts),
     )
     transformer = base.load_transformer(device)
-    empty = cache.get(keys.prompt(""))["text"]
+    empty = texts.get(cache, keys.prompt(""))
     drawn = []
     for column in tqdm(columns, desc="draw", unit="column", delay=2):
         _load(base, transformer, column)

@@ -161,6 +161,16 @@ class DataConfig(Section):
         return self
 
 
+class EncodeConfig(Section):
+    """How prompts are encoded, and kept in the cache."""
+
+    text_quantize: Literal["none", "int8", "nf4"] = "none"
+    """Weights of the text encoder: as they are, or in 8 or 4 bits by bitsandbytes where it doesn't
+    fit otherwise. The embeddings differ then from those that pictures are made with."""
+    text_storage: Literal["full", "8bit"] = "full"
+    """8bit halves the text cache; its embeddings are off by about 0.6 %."""
+
+
 class LoraConfig(Section):
     """The adapter."""
 
@@ -314,6 +324,8 @@ class Config(Section):
     """Pictures and captions."""
     more_data: tuple[DataConfig, ...] = ()
     """Further data sets trained along with it: regularisation pictures, other subjects."""
+    encode: EncodeConfig = EncodeConfig()
+    """How prompts become cache entries."""
     lora: LoraConfig = LoraConfig()
     """The adapter's size, and where it attaches."""
     flow: FlowConfig = FlowConfig()

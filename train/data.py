@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from train import flow, randomness
+from train import flow, randomness, texts
 from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
@@ -102,7 +102,7 @@ class Loader:
         names = example.mirrored if flip and example.mirrored else example.pictures
         text = self.empty_text if drop and self.empty_text else example.text
         latents = [self.cache.get(name)["latents"] for name in names]
-        return latents, self.cache.get(text)["text"], self._weight(example, latents[0], flip=flip)
+        return latents, texts.get(self.cache, text), self._weight(example, latents[0], flip=flip)
 
     def _weight(self, example: Example, latents_Dhw: torch.Tensor, *, flip: bool) -> torch.Tensor:
         """(h, w): the mask above its floor, of mean 1, times the data set's weight.

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from data_tools import buckets, records
 from data_tools.buckets import REFERENCE_SIDE, Geometry, reference_geometry
 from data_tools.records import Collection, Record
-from train import encode
+from train import encode, encode_text
 from train.base import Base
 from train.cache import DIGESTS, Cache, FileDigests, key
 from train.config import Config, DataConfig
@@ -76,7 +76,8 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     if main:
         _add_lines(proven, {digest for one in collections for digest in _digests(one)})
     with accelerator.main_process_first():
-        keys = Keys.of(base, digests=FileDigests(cache.root / DIGESTS))
+        digests = FileDigests(cache.root / DIGESTS)
+        keys = Keys.of(base, digests=digests, settings=config.encode)
     layouts = [
         _layout(collection, data) for collection, data in zip(collections, config.sets, strict=True)
     ]
@@ -98,7 +99,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
         cache=cache,
         keys=keys,
         encoded=encoded,
-        truncated=encode.truncated(prompts, keys=keys, cache=cache),
+        truncated=encode_text.truncated(prompts, keys=keys, cache=cache),
         read_at=read_at,
     )
 
@@ -157,7 +158,7 @@ def _encode(
     encoded += encode.encode_pictures(
         base, pictures, keys=keys, cache=cache, device=device, share=share
     )
-    encoded += encode.encode_prompts(
+    encoded += encode_text.encode_prompts(
         base, prompts, keys=keys, cache=cache, device=device, share=share
     )
     return sum(gather_object([encoded]))  # waits for everyone too

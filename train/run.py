@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from train import checkpoint, config_load, export_run, loop, lora, randomness, sample
+from train import (
+    checkpoint,
+    config_load,
+    encode_text,
+    export_run,
+    loop,
+    lora,
+    randomness,
+    sample,
+    texts,
+)
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -113,6 +123,7 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
     train = config.train
     effective = train.batch_size * train.accumulate * world
     passes = _order(config, prepared).passes(train.steps * train.accumulate * world)
+    captions = {record.caption for one in prepared.sets for record in one.collection.records}
     lines = [f"base: {base.name} ({base.family.name}, {config.base.dtype})"]
     for one, times in zip(prepared.sets, passes, strict=True):
         lines += _describe_set(one, passes=times)
@@ -120,6 +131,7 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
         f"steps: {train.steps} of {effective} pictures ({train.batch_size} a batch, "
         f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''})",
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
+        encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
     sources = {r.caption: r.caption_source for one in prepared.sets for r in one.collection.records}
     cut = [
@@ -289,12 +301,12 @@ def _build(
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
     cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
     requests = sample.requests(
-        [cache.get(keys.prompt(prompt))["text"] for prompt in prompts],
+        [texts.get(cache, keys.prompt(prompt)) for prompt in prompts],
         preview=config.preview,
         resolution=max(config.data.resolutions),
         seeds=range(len(prompts)),
     )
-    return Previews(requests, cache.get(keys.prompt(""))["text"], folder)
+    return Previews(requests, texts.get(cache, keys.prompt("")), folder)
 
 
 def _write_facts(folder: Path, config: Config) -> None:

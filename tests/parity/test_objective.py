@@ -8,7 +8,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 from tests import tiny
-from train import base, encode, latents, objective, sample
+from train import base, encode, encode_text, latents, objective, sample, texts
 from train.batch import Batch
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
@@ -104,8 +104,8 @@ def test_prompts_and_previews_are_the_pipelines(family, request, tmp_path):
     keys = encode.Keys.of(found, digests=FileDigests(tmp_path / "digests.json"))
     prompt = "a red circle"
     cpu = torch.device("cpu")
-    assert encode.encode_prompts(found, [prompt, ""], keys=keys, cache=cache, device=cpu) == 2
-    text, empty = (cache.get(keys.prompt(p))["text"] for p in (prompt, ""))
+    assert encode_text.encode_prompts(found, [prompt, ""], keys=keys, cache=cache, device=cpu) == 2
+    text, empty = (texts.get(cache, keys.prompt(p)) for p in (prompt, ""))
 
     pipeline_class = Flux2Pipeline if family == "dev" else Flux2KleinPipeline
     pipeline: Any = pipeline_class.from_pretrained(folder, dtype=torch.float32)

@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools import buckets, pictures
 from data_tools.buckets import Geometry
 from tests import runs
-from train import encode, prepare, run
+from train import encode, encode_text, prepare, run
 from train.base import Base, resolve
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
@@ -235,7 +235,7 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(base, request):
     found = resolve(BaseConfig(model=str(request.getfixturevalue(base))))
     tokenizer = found.load_tokenizer()
     limit = tokenizer.model_max_length
-    counts = {n: encode.count_tokens(found, tokenizer, "?" * n) for n in range(60)}
+    counts = {n: encode_text.count_tokens(found, tokenizer, "?" * n) for n in range(60)}
     for tokens, whole in ((limit, True), (limit + 1, False)):
         prompt = "?" * next(n for n in counts if counts[n] == tokens)
         assert _closing_tag_survives(found, tokenizer, prompt, limit=limit) == whole
