@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, formats, pictures, sources
+from data_tools import buckets, captions, folder, pictures, sources
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -47,6 +47,8 @@ class Record:
     """Of the target file's bytes."""
     reference_sha256: tuple[str, ...] = ()
     reference_sizes: tuple[tuple[int, int], ...] = ()
+    repeats: int = 1
+    """How often an epoch shows it, on top of data.repeats."""
 
 
 class Records(Sequence[Record]):
@@ -86,6 +88,7 @@ class Records(Sequence[Record]):
             sha256=row["sha256"],
             reference_sha256=tuple(row["reference_sha256"]),
             reference_sizes=tuple((w, h) for w, h in row["reference_sizes"]),
+            repeats=row["repeats"],
         )
 
 
@@ -138,7 +141,7 @@ def survey(
     found = folder.listing(root)
     gathered = sources.gather(root, found)
     if not found.pictures and not gathered.drafts and not gathered.faults:
-        raise DataError(f"{root}: no pictures in this folder ({formats.ADVICE})")
+        raise DataError(sources.nothing(root, found))
     names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
     probes = _probe_all(root, list(names), proven=proven, progress=progress)
     faults, notes = list(gathered.faults), list(gathered.notes)
@@ -216,6 +219,7 @@ def _record(
         sha256=target.sha256,
         reference_sha256=tuple(probe.sha256 for probe in references),
         reference_sizes=tuple((probe.width, probe.height) for probe in references),
+        repeats=draft.repeats,
     )
 
 
@@ -257,6 +261,7 @@ def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":
             "references": List(text),
             "reference_sha256": List(text),
             "reference_sizes": List(List(size, length=2)),
+            "repeats": size,
         }
     )
     columns = {name: [getattr(record, name) for record in records] for name in features}
@@ -270,5 +275,6 @@ def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256(b"kindling records 1\n")
     for record in records:
         facts = [record.sha256, record.caption, record.reference_sha256]
+        facts += [record.repeats] if record.repeats != 1 else []  # digests of before stay valid
         digest.update(json.dumps(facts, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
