@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from data_tools import folder
+from data_tools import folder, formats
 from data_tools.captions import TextError
 
 MAX_NAME = 240
@@ -94,7 +94,7 @@ def writable(name: object) -> str:
             raise TextError(f"{str(path)[:80]!r} is a hidden file's name")
         if len(part.encode()) > MAX_NAME:
             raise TextError(f"{str(path)[:80]!r} … is too long a name")
-    if not path.parts or not path.suffix:
+    if path.suffix.lower() not in formats.PICTURE_SUFFIXES:
         raise TextError(f"{str(path)[:80]!r} isn't a picture's file name")
     return str(path)
 

@@ -30,6 +30,7 @@ LAYERS = {
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
         *("data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
+        *("data_tools.samples", "data_tools.containers", "data_tools.tars"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
@@ -38,7 +39,10 @@ LAYERS = {
     4: ["train.objective", "train.sample", "train.certify"],
     5: ["train.loop", "train.trainer", "train.prepare"],
     6: ["train.run", "train.export_run", "train.compare"],
-    7: ["data_tools.inspect", "train.doctor", "train.py", "scripts.*"],
+    7: [
+        *("data_tools.inspect", "data_tools.import_data", "data_tools.pack"),
+        *("train.doctor", "train.py", "scripts.*"),
+    ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
@@ -52,6 +56,8 @@ HIGHEST = {
     "train.objective": 2,
     "train.loop": 0,
     "data_tools.inspect": 2,
+    "data_tools.import_data": 2,
+    "data_tools.pack": 2,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -59,10 +65,13 @@ SIDEWAYS = {
     "train.config_load": {"train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
-    "data_tools.drafts": {"data_tools.captions", "data_tools.folder"},
+    "data_tools.drafts": {"data_tools.captions", "data_tools.folder", "data_tools.formats"},
     "data_tools.tables": {"data_tools.captions", "data_tools.drafts", "data_tools.folder"},
     "data_tools.sidecars": {"data_tools.*"},
     "data_tools.sources": {"data_tools.*"},
+    "data_tools.samples": {"data_tools.*"},
+    "data_tools.containers": {"data_tools.*"},
+    "data_tools.tars": {"data_tools.*"},
     "data_tools.records": {"data_tools.*"},
     "train.encode": {"train.base"},
     "train.checkpoint": {"train.lora"},
