@@ -436,21 +436,22 @@ def test_a_killed_import_goes_on(
         hostile.picture(root / f"{i}.png", seed=i)
         (root / f"{i}.txt").write_text(str(i))
     pack.run(root, tmp_path / kind)
-    add, added = samples.Folder.add, []
+    add, added, limit = samples.Folder.add, [], 0
 
-    def stop_at_four(self: samples.Folder, sample: samples.Sample) -> None:
-        if len(added) == 3:
+    def until_the_limit(self: samples.Folder, sample: samples.Sample) -> None:
+        if len(added) == limit:
             (self.part / sample.draft.name).write_bytes(b"half")  # killed while writing it
             raise KeyboardInterrupt
         added.append(sample.draft.name)
         add(self, sample)
 
-    monkeypatch.setattr(samples.Folder, "add", stop_at_four)
-    with pytest.raises(KeyboardInterrupt):
-        import_data.run(str(tmp_path / kind), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(samples.Folder, "add", until_the_limit)
     journal = tmp_path / "out.part" / samples.JOURNAL
-    journal.write_text(journal.read_text() + '{"row": {"fi')  # and while noting it
+    for limit in (0, 3, 5):  # noqa: B007 - the function above reads it
+        with pytest.raises(KeyboardInterrupt):
+            import_data.run(str(tmp_path / kind), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        journal.write_text(journal.read_text() + '{"row": {"fi')  # and while noting it
 
     def count(self: samples.Folder, sample: samples.Sample) -> None:
         added.append(sample.draft.name)
