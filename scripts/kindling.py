@@ -28,6 +28,9 @@ COMMANDS = {
     "inspect": Command(
         "data_tools.inspect", "report on a folder of pictures: sizes, captions, faults"
     ),
+    "curate": Command(
+        "data_tools.curate", "exclude, crop, balance and hold out pictures, by a recipe"
+    ),
     "import": Command(
         "data_tools.import_data", "make a folder of pictures of parquet, tar or a hub data set"
     ),

@@ -31,6 +31,7 @@ LAYERS = {
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
         *("data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
         *("data_tools.samples", "data_tools.containers", "data_tools.tars"),
+        *("data_tools.measures", "data_tools.recipe", "data_tools.selection", "data_tools.crops"),
     ],
     3: [
         *("train.base", "train.encode", "train.lora", "train.data", "train.optim"),
@@ -40,7 +41,7 @@ LAYERS = {
     5: ["train.loop", "train.trainer", "train.prepare"],
     6: ["train.run", "train.export_run", "train.compare"],
     7: [
-        *("data_tools.inspect", "data_tools.import_data", "data_tools.pack"),
+        *("data_tools.inspect", "data_tools.import_data", "data_tools.pack", "data_tools.curate"),
         *("train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -58,6 +59,7 @@ HIGHEST = {
     "data_tools.inspect": 2,
     "data_tools.import_data": 2,
     "data_tools.pack": 2,
+    "data_tools.curate": 2,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -72,6 +74,8 @@ SIDEWAYS = {
     "data_tools.samples": {"data_tools.*"},
     "data_tools.containers": {"data_tools.*"},
     "data_tools.tars": {"data_tools.*"},
+    "data_tools.selection": {"data_tools.*"},
+    "data_tools.crops": {"data_tools.measures", "data_tools.pictures", "data_tools.recipe"},
     "data_tools.records": {"data_tools.*"},
     "train.encode": {"train.base"},
     "train.checkpoint": {"train.lora"},
