@@ -16,19 +16,28 @@ MAX_BYTES = 100_000
 """A longer .txt file isn't a caption; FLUX.2 reads 512 tokens, some 2,000 characters."""
 
 
+PLACEHOLDER = "[trigger]"
+"""ai-toolkit's word in captions that stands for the trigger."""
+
+
 class TextError(ValueError):
     """What is wrong with a text; the caller knows where it stands."""
 
 
 def read(path: Path) -> str:
     """The caption in a UTF-8 text file, cleaned; may be empty. Raises TextError."""
+    return clean(load(path))
+
+
+def load(path: Path) -> str:
+    """A UTF-8 file's text as it is. Raises TextError."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise TextError(f"over {MAX_BYTES // 1000} kB; this can't be a caption")
         data = path.read_bytes()
     except OSError as error:
         raise TextError(f"can't be opened ({error.strerror or error})") from None
-    return clean(decode(data))
+    return decode(data)
 
 
 def decode(data: bytes) -> str:
@@ -52,11 +61,15 @@ def clean(text: str) -> str:
 
 
 def complete(caption: str, *, data: DataConfig) -> str:
-    """The caption that is trained, by `missing_captions` and `trigger_mode`.
+    """The caption that is trained: PLACEHOLDER filled, by `missing_captions` and `trigger_mode`.
 
     Raises TextError if it is missing or lacks the trigger.
     """
     trigger = (data.trigger or "").strip()
+    if PLACEHOLDER in caption:
+        if not trigger:
+            raise TextError(f"the caption has {PLACEHOLDER}, but data.trigger is not set")
+        caption = caption.replace(PLACEHOLDER, trigger)
     if not caption:
         if data.missing_captions == "trigger":
             return trigger

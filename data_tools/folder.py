@@ -8,6 +8,7 @@ Not looked at, and not reported: hidden files and folders, __MACOSX, Thumbs.db, 
 import difflib
 import os
 import re
+import shlex
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,8 @@ from data_tools import formats
 from train.errors import DataError
 
 METADATA = "metadata.jsonl"
+CSV = "metadata.csv"
+_CONTAINERS = (".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -26,10 +29,12 @@ class Listing:
 
     pictures: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
+    """.txt and .caption files, and .json files of a picture's name."""
     others: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     """(name, reason): a folder that can't be opened, a link that leads in a circle, a bad name."""
-    has_metadata: bool = False
+    tables: list[str] = field(default_factory=list)
+    """Of metadata.jsonl and metadata.csv, those at the top."""
 
 
 def listing(root: Path) -> Listing:
@@ -55,6 +60,7 @@ def listing(root: Path) -> Listing:
             seen.add(place)
         for file in filter(_wanted, files):
             _sort_in(found, _name(root, here / file))
+    _adopt_json(found)
     for names in (found.pictures, found.captions, found.others):
         names.sort(key=natural)
     found.problems.sort(key=lambda problem: natural(problem[0]))
@@ -88,6 +94,18 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def is_container(name: str) -> bool:
+    """Whether a file is one that holds a data set, by its ending."""
+    return name.lower().endswith(_CONTAINERS)
+
+
+def import_advice(source: Path | str) -> str:
+    """The command that makes a folder of pictures out of a container."""
+    text = str(source)
+    stem = PurePosixPath(text.removeprefix("hf:")).name.split(".")[0] or "data"
+    return f"run `kindling import {shlex.quote(text)} {shlex.quote(stem + '-pictures')}` first"
+
+
 def _sort_in(found: Listing, name: str) -> None:
     suffix = PurePosixPath(name).suffix.lower()
     if _CONTROL.search(name):  # a terminal would obey it
@@ -97,14 +115,22 @@ def _sort_in(found: Listing, name: str) -> None:
     if not is_text(name):
         shown = name.encode("utf-8", "backslashreplace").decode()
         found.problems.append((shown, "the file's name isn't UTF-8; rename it"))
-    elif name == METADATA:
-        found.has_metadata = True
+    elif name in (METADATA, CSV):
+        found.tables = sorted([*found.tables, name], reverse=True)
     elif suffix in formats.PICTURE_SUFFIXES:
         found.pictures.append(name)
-    elif suffix == ".txt":
+    elif suffix in (".txt", ".caption"):
         found.captions.append(name)
     else:
         found.others.append(name)
+
+
+def _adopt_json(found: Listing) -> None:
+    pictures = set(map(stem, found.pictures))
+    for name in [name for name in found.others if name.lower().endswith(".json")]:
+        if stem(name) in pictures:
+            found.others.remove(name)
+            found.captions.append(name)
 
 
 def _wanted(name: str) -> bool:
@@ -117,8 +143,12 @@ def _name(root: Path, path: Path) -> str:
 
 def _missing(root: Path) -> str:
     if root.exists():
-        return f"{root}: a file, but data.path must be a folder of pictures"
+        advice = f"; {import_advice(root)}" if is_container(root.name) else ""
+        return f"{root}: a file, but data.path must be a folder of pictures{advice}"
     parent = root.parent
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     hint = nearest(root.name, sorted(names))
+    if re.fullmatch(r"(hf:)?[\w.-]+/[\w.-]+", str(root)) and not parent.is_dir():
+        name = str(root).removeprefix("hf:")
+        hint = f"; if it is a data set on the Hugging Face hub, {import_advice('hf:' + name)}"
     return f"{root}: no such folder{hint or '; data.path must be a folder of pictures'}"

@@ -48,6 +48,15 @@ _SIGNATURES = (
     (b"\x1f\x8b", "a gzip archive; unpack it"),
 )
 
+_STARTS = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "BMP": (b"BM",),
+    "GIF": (b"GIF8",),
+    "JPEG2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+}
+
 _BRANDS = {
     b"heic": "HEIC",
     b"heix": "HEIC",
@@ -80,6 +89,16 @@ def foreign(head: bytes, path: Path) -> str | None:
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         return "a video; export the frames you want as PNG"
     return _text(head)
+
+
+def suffix(head: bytes) -> str | None:
+    """The usual ending of a picture whose file begins with `head`; None if it can't be told."""
+    for kind, starts in _STARTS.items():
+        if head.startswith(starts):
+            return READABLE[kind][0]
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return ".webp"
+    return ".avif" if head[4:12] in (b"ftypavif", b"ftypavis") else None
 
 
 def _text(head: bytes) -> str | None:

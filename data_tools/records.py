@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, formats, masks, pictures, sources, workers
+from data_tools import buckets, captions, folder, masks, pictures, sources, workers
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -48,6 +48,8 @@ class Record:
     mask: Path | None = None
     """Grey picture of the target's size, white where it is learnt."""
     mask_sha256: str | None = None
+    repeats: int = 1
+    """How often an epoch shows it, on top of data.repeats."""
 
 
 class Records(Sequence[Record]):
@@ -89,6 +91,7 @@ class Records(Sequence[Record]):
             reference_sizes=tuple((w, h) for w, h in row["reference_sizes"]),
             mask=self._root / row["mask"] if row["mask"] else None,
             mask_sha256=row["mask_sha256"],
+            repeats=row["repeats"],
         )
 
 
@@ -148,14 +151,19 @@ def survey(
     found, mask_files = masks.split(folder.listing(root))
     gathered = sources.gather(root, found)
     if not found.pictures and not gathered.drafts and not gathered.faults:
-        raise DataError(f"{root}: no pictures in this folder ({formats.ADVICE})")
+        raise DataError(sources.nothing(root, found))
     names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
     faults, notes = list(gathered.faults), list(gathered.notes)
+    masked = {
+        draft.name: mask
+        for draft in gathered.drafts
+        if (mask := draft.mask or mask_files.get(folder.stem(draft.name)))
+    }
     if data.mask != "files":
         text = "a mask, not used: data.mask is not 'files'"
-        notes += [Note(name, text) for name in mask_files.values()]
-        mask_files = {}
-    names |= dict.fromkeys(mask_files.values())
+        notes += [Note(name, text) for name in dict.fromkeys(masked.values())]
+        masked = {}
+    names |= dict.fromkeys(masked.values())
     look = probe or (lambda path: pictures.probe(path, proven=proven))
     probes = _probe_all(root, list(names), look, progress=progress)
     for name, seen in probes.items():
@@ -167,7 +175,7 @@ def survey(
         record
         for draft in gathered.drafts
         if (
-            record := _record(draft, probes=probes, mask_files=mask_files, data=data, faults=faults)
+            record := _record(draft, probes=probes, masked=masked, data=data, faults=faults)
         )
     ]
     return Collection(
@@ -201,7 +209,7 @@ def _record(
     draft: Draft,
     *,
     probes: dict[str, Probe | PictureError],
-    mask_files: dict[str, str],
+    masked: dict[str, str],
     data: DataConfig,
     faults: list[Fault],
 ) -> Record | None:
@@ -218,7 +226,7 @@ def _record(
     if target is None:
         return None
     mask = None
-    if name := mask_files.get(folder.stem(draft.name)):
+    if name := masked.get(draft.name):
         mask = _fitting_mask(name, target, draft=draft, probes=probes, faults=faults)
         if mask is None:
             return None
@@ -236,6 +244,7 @@ def _record(
         reference_sizes=tuple((probe.width, probe.height) for probe in references),
         mask=mask and mask.path,
         mask_sha256=mask and mask.sha256,
+        repeats=draft.repeats,
     )
 
 
@@ -299,6 +308,7 @@ def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":
             "reference_sizes": List(List(size, length=2)),
             "mask": text,
             "mask_sha256": text,
+            "repeats": size,
         }
     )
     columns = {name: [getattr(record, name) for record in records] for name in features}
@@ -314,5 +324,6 @@ def _digest(records: Sequence[Record]) -> str:
     for record in records:
         facts = [record.sha256, record.caption, record.reference_sha256]
         facts += [record.mask_sha256] if record.mask_sha256 else []
+        facts += [record.repeats] if record.repeats != 1 else []  # digests of before stay valid
         digest.update(json.dumps(facts, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()

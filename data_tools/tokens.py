@@ -18,7 +18,7 @@ def count(config: BaseConfig, texts: Iterable[str]) -> Tokens:
 
     Imports torch and transformers, which takes seconds.
     """
-    from train import base, encode
+    from train import base, encode_text
 
     source = base.NAMED_BASES.get(config.model, config.model)
     here = _local(source, config.revision)
@@ -32,7 +32,7 @@ def count(config: BaseConfig, texts: Iterable[str]) -> Tokens:
         return Tokens(f"not counted: {config.model} has no usable tokenizer here ({_short(error)})")
     limit = base.max_text_tokens(tokenizer)
     tokenizer.model_max_length = sys.maxsize  # its warning of long texts says what we say better
-    counts = {text: encode_text.count_tokens(found, tokenizer, text) for text in dict.fromkeys(texts)}
+    counts = {t: encode_text.count_tokens(found, tokenizer, t) for t in dict.fromkeys(texts)}
     return Tokens(f"by the tokenizer of {config.model}", limit, counts)
 
 

@@ -90,8 +90,9 @@ class DataConfig(Section):
     """Pictures and captions, and how they are sized."""
 
     path: Home
-    """Folder of pictures with .txt captions beside them, or with a metadata.jsonl. A relative
-    path starts at the current directory, not at the config."""
+    """Folder of pictures with .txt captions beside them, or with a metadata.jsonl or .csv; kohya's
+    and ai-toolkit's folders, too. A relative path starts at the current directory, not at the
+    config."""
     trigger: Text | None = None
     """The word that calls the subject; see trigger_mode."""
     trigger_mode: Literal["require", "prepend", "optional"] = "require"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -24,12 +24,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.tokens import AliasToken, AnchorToken, TagToken
 
-from train.config import Config, allowed, either
+from train.config import Config, Section, allowed, either
 from train.errors import ConfigError
 
 Key = tuple[str | int, ...]
 """Where a value is: section, setting, item of a list."""
 
+S = TypeVar("S", bound=Section)
 SCHEMA = Config.model_json_schema()
 REFERENCES = (AliasToken, AnchorToken, TagToken)
 """Refused: they hide where a value comes from, or what it is."""
@@ -72,17 +73,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Relative paths in it stay as typed: they start at the current directory, not at the file.
     Raises ConfigError, with one line for each fault.
     """
-    draft = _Draft(path)
+    return load_as(Config, path=path, overrides=overrides)
+
+
+def load_as(model: type[S], *, path: Path, overrides: Sequence[str] = ()) -> S:
+    """Like `load`, for files of another model."""
+    draft = _Draft(path, model.model_json_schema())
     for override in overrides:
         draft.override(override)
-    config = draft.validate()
+    config = draft.validate(model)
     if config is None or draft.faults:
         ordered = sorted(draft.faults, key=lambda fault: (fault[0].sets is not None, fault[0].line))
         raise ConfigError("\n".join(place.say(key, text) for place, key, text in ordered))
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Section) -> str:
     """The whole config as YAML, defaults written out; loads back equal."""
     yaml, text = YAML(typ="safe", pure=True), StringIO()
     yaml.default_flow_style = False
@@ -174,7 +180,8 @@ class _Place:
 class _Draft:
     """The config as plain data, where each value was set, and what is wrong so far."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: dict[str, Any]) -> None:
+        self.schema = schema
         self.places: dict[Key, _Place] = {(): _Place(str(path))}
         self.faults: list[tuple[_Place, Key, str]] = []
         try:
@@ -236,15 +243,15 @@ class _Draft:
         self.places = {k: p for k, p in self.places.items() if k not in replaced} | {key: place}
         return None
 
-    def validate(self) -> Config | None:
+    def validate(self, model: type[S]) -> S | None:
         """The config, or None with the faults noted."""
         for name, value in self.tree.items():
-            if value is None and "properties" in _narrow((name,))[1]:
+            if value is None and "properties" in _narrow((name,), self.schema)[1]:
                 self.tree[name] = {}  # a section whose lines are all commented out
         try:
-            return Config.model_validate(self.tree)
+            return model.model_validate(self.tree)
         except ValidationError as error:
-            faults = dict(_explain(error.errors(), self.tree))
+            faults = dict(_explain(error.errors(), self.tree, self.schema))
         for key, message in faults.items():
             prefixes = (key[:length] for length in range(len(key), -1, -1))
             place = next(self.places[prefix] for prefix in prefixes if prefix in self.places)
@@ -252,18 +259,20 @@ class _Draft:
         return None
 
 
-def _explain(errors: Sequence[ErrorDetails], tree: Any) -> Iterator[tuple[Key, str]]:
+def _explain(
+    errors: Sequence[ErrorDetails], tree: Any, root: dict[str, Any]
+) -> Iterator[tuple[Key, str]]:
     """Key and message of each fault; a key that is only misspelt isn't also reported missing."""
     unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
-    meant = [key for loc in unknown for key in _meant(loc)]
+    meant = [key for loc in unknown for key in _meant(loc, root)]
     for error in errors:
         kind, loc = error["type"], error["loc"]
         if kind == "missing" and isinstance(loc[-1], int):  # an item of a list that is too short
             kind, loc = "too_short", loc[:-1]
-        key, schema = _narrow(loc)
+        key, schema = _narrow(loc, root)
         match kind:
             case "extra_forbidden":
-                yield loc, _unknown(loc)
+                yield loc, _unknown(loc, root)
             case "missing" if key in meant:
                 pass
             case "missing":
@@ -274,14 +283,14 @@ def _explain(errors: Sequence[ErrorDetails], tree: Any) -> Iterator[tuple[Key, s
                 yield key, _mismatch(schema, reduce(lambda value, part: value[part], key, tree))
 
 
-def _unknown(key: Key) -> str:
-    meant = _meant(key)
+def _unknown(key: Key, root: dict[str, Any]) -> str:
+    meant = _meant(key, root)
     names = [f"'{k[-1] if k[:-1] == key[:-1] else _dotted(k)}'" for k in meant]
     if names == [f"'{key[-1]}'"]:  # a dotted key
         return f"unknown key; in a file, write '{meant[0][-1]}' below '{meant[0][0]}:'"
     if names:
         return f"unknown key; did you mean {either(names)}?"
-    return f"unknown key; allowed here: {', '.join(_narrow(key[:-1])[1]['properties'])}"
+    return f"unknown key; allowed here: {', '.join(_narrow(key[:-1], root)[1]['properties'])}"
 
 
 def _mismatch(schema: dict[str, Any], value: Any) -> str:
@@ -294,9 +303,9 @@ def _mismatch(schema: dict[str, Any], value: Any) -> str:
     return f"must be {allowed(schema)}; got {_show(value)}{hint}"
 
 
-def _narrow(loc: Key) -> tuple[Key, dict[str, Any]]:
+def _narrow(loc: Key, root: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
     """The part of pydantic's location that is a key, and its schema; unions add branch names."""
-    key, schema = (), SCHEMA
+    key, schema = (), root
     for part in loc:
         if part in schema.get("properties", ()):
             below = schema["properties"][part]
@@ -305,17 +314,18 @@ def _narrow(loc: Key) -> tuple[Key, dict[str, Any]]:
         else:
             break
         if "$ref" in below:
-            below = SCHEMA["$defs"][below["$ref"].removeprefix("#/$defs/")]
+            below = root["$defs"][below["$ref"].removeprefix("#/$defs/")]
         key, schema = (*key, part), below
     return key, schema
 
 
-def _meant(loc: Key) -> list[Key]:
+def _meant(loc: Key, root: dict[str, Any]) -> list[Key]:
     """The settings that an unknown key may stand for: the same word anywhere, else a near one."""
     word = str(loc[-1]).lower().replace("-", "_")
     word = SYNONYMS.get(word, word)
-    tops: list[Key] = [(name,) for name in SCHEMA["properties"]]
-    keys = tops + [(*top, name) for top in tops for name in _narrow(top)[1].get("properties", ())]
+    tops: list[Key] = [(name,) for name in root["properties"]]
+    below = {top: _narrow(top, root)[1].get("properties", ()) for top in tops}
+    keys = tops + [(*top, name) for top, names in below.items() for name in names]
     if same := [key for key in keys if word in (key[-1], _dotted(key))]:
         return same
     for among, cutoff in (([key for key in keys if key[:-1] == loc[:-1]], 0.6), (keys, 0.75)):

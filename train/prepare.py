@@ -233,6 +233,6 @@ def _example(shown: Shown, data: DataConfig, *, rules: Rules, keys: Keys) -> Exa
         text=keys.prompt(shown.record.caption),
         geometry=tuple((p.geometry.width, p.geometry.height) for p in pictures),
         rules=rules,
-        repeats=data.repeats,
+        repeats=data.repeats * shown.record.repeats,
         mask=mask,
     )

@@ -32,11 +32,12 @@ LAYERS = {
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures"),
         *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.masks"),
-        "data_tools.records",
-        *("data_tools.captions", "data_tools.folder", "data_tools.sources", "data_tools.records"),
         *("data_tools.answers", "data_tools.caption_files", "data_tools.journal"),
         *("data_tools.instructions", "data_tools.captioners"),
         *("data_tools.records", "data_tools.workers", "data_tools.examine"),
+        *("data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
+        *("data_tools.samples", "data_tools.containers", "data_tools.tars"),
+        *("data_tools.measures", "data_tools.recipe", "data_tools.selection", "data_tools.crops"),
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
@@ -46,9 +47,9 @@ LAYERS = {
     4: ["train.objective", "train.sample", "train.certify", "data_tools.captioners.*"],
     5: ["train.loop", "train.trainer", "train.prepare", "data_tools.caption_*"],
     6: ["train.run", "train.export_run", "train.compare"],
-    7: ["data_tools.inspect", "data_tools.caption", "train.doctor", "train.py", "scripts.*"],
     7: [
         *("data_tools.inspect", "data_tools.report", "data_tools.page", "data_tools.tokens"),
+        *("data_tools.import_data", "data_tools.pack", "data_tools.curate", "data_tools.caption"),
         *("train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -68,6 +69,9 @@ HIGHEST = {
     "data_tools.report": 2,
     "data_tools.page": 2,
     "data_tools.tokens": 3,
+    "data_tools.import_data": 2,
+    "data_tools.pack": 2,
+    "data_tools.curate": 2,
 }
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
@@ -75,8 +79,16 @@ SIDEWAYS = {
     "train.config_load": {"train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
-    "data_tools.sources": {"data_tools.captions", "data_tools.folder"},
     "data_tools.masks": {"data_tools.*"},
+    "data_tools.drafts": {"data_tools.captions", "data_tools.folder", "data_tools.formats"},
+    "data_tools.tables": {"data_tools.captions", "data_tools.drafts", "data_tools.folder"},
+    "data_tools.sidecars": {"data_tools.*"},
+    "data_tools.sources": {"data_tools.*"},
+    "data_tools.samples": {"data_tools.*"},
+    "data_tools.containers": {"data_tools.*"},
+    "data_tools.tars": {"data_tools.*"},
+    "data_tools.selection": {"data_tools.*"},
+    "data_tools.crops": {"data_tools.measures", "data_tools.pictures", "data_tools.recipe"},
     "data_tools.records": {"data_tools.*"},
     "train.order": {"train.randomness"},
     "data_tools.answers": {"data_tools.captions", "data_tools.folder"},
