@@ -174,9 +174,7 @@ def survey(
     records = [
         record
         for draft in gathered.drafts
-        if (
-            record := _record(draft, probes=probes, masked=masked, data=data, faults=faults)
-        )
+        if (record := _record(draft, probes=probes, masked=masked, data=data, faults=faults))
     ]
     return Collection(
         Records(_table(records, root=root), root=root),
