@@ -59,12 +59,18 @@ def survey(root: Path, *, replace: bool, add_unlisted: bool, needs_references: b
     """Sort a folder. Raises DataError if it has no pictures or a metadata.jsonl with faults."""
     found = folder.listing(root)
     gathered = sources.gather(root, found)
-    if found.has_metadata and gathered.faults:
+    for table in found.tables:
+        if table != folder.METADATA:
+            raise DataError(
+                f"{root}: its captions are in {table}, which isn't written to; make a folder with "
+                f"a {folder.METADATA} of it first: kindling pack {root} NEW_FOLDER"
+            )
+    if found.tables and gathered.faults:
         lines = [f"{fault.path}: {fault.reason}" for fault in gathered.faults]
         raise DataError(bullet_list(f"{root}: mend these first:", lines))
     drafts = list(gathered.drafts)
     used = {name for draft in drafts for name in (draft.name, *draft.references)}
-    unlisted = [name for name in found.pictures if name not in used] if found.has_metadata else []
+    unlisted = [name for name in found.pictures if name not in used] if found.tables else []
     if add_unlisted:
         drafts += [Draft(name, "", name) for name in unlisted]
         unlisted = []

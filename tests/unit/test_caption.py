@@ -137,14 +137,14 @@ def test_an_older_backup_stays(root: Path) -> None:
 def test_metadata_is_filled_in(root: Path, capsys: pytest.CaptureFixture) -> None:
     old = (
         '{"file_name": "0.png", "caption": "", "score": 3}\n\n'
-        '{"text": "mine", "file_name": "1.png", "mask": "小.png"}'
+        '{"text": "mine", "file_name": "1.png", "mood": "小.png"}'
     )
     (root / "metadata.jsonl").write_text(old, encoding="utf-8")
     with serve(plain) as target:
         assert run(target, root) == 0
     assert rows(root / "metadata.jsonl") == {
         "0.png": {"caption": "zibby stands in shade 0.", "score": 3},
-        "1.png": {"text": "mine", "mask": "小.png"},
+        "1.png": {"text": "mine", "mood": "小.png"},
     }
     assert (root / "metadata.jsonl.bak").read_text(encoding="utf-8") == old
     output = capsys.readouterr().out

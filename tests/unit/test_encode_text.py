@@ -233,9 +233,7 @@ def batch_of(base: Base, cache: Cache, entries: list[str]) -> Batch:
     examples = [
         Example(str(i), ("ff00",), None, name, ((64, 64),)) for i, name in enumerate(entries)
     ]
-    load = Loader(
-        examples, empty_text=None, cache=cache, flow=FlowConfig(), caption_dropout=0.0, seed=3
-    )
+    load = Loader(examples, empty_text=None, cache=cache, flow=FlowConfig(), seed=3)
     return load([Showing(0, number, 0) for number in range(len(entries))])
 
 

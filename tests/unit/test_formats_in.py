@@ -64,7 +64,8 @@ def test_csv(tmp_path: Path) -> None:
     ]
     found = survey(tmp_path)
     assert found.faults == ()
-    assert found.notes == (Note("metadata.csv", "keys that are not read: mood"),)
+    unused = Note("m.png", "a mask, not used: data.mask is not 'files'")
+    assert found.notes == (unused, Note("metadata.csv", "keys that are not read: mood"))
     assert [record.repeats for record in found.records] == [1, 3]
 
 
@@ -263,8 +264,9 @@ def test_the_mask_is_no_picture_of_its_own(tmp_path: Path) -> None:
     fill(tmp_path, "a.png", "m.png")
     line = json.dumps({"file_name": "a.png", "text": "x", "mask": "m.png"})
     (tmp_path / "metadata.jsonl").write_text(line)
-    found = survey(tmp_path)
+    found = survey(tmp_path, mask="files")
     assert (found.faults, found.notes) == ((), ())
+    assert [row.mask for row in found.records] == [tmp_path / "m.png"]
 
 
 def test_a_mask_that_leads_out(tmp_path: Path) -> None:
