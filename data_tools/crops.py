@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_tools import measures, pictures
+from data_tools import pictures, saliency
 from data_tools.recipe import Crop
 from train.errors import DataError
 
@@ -63,7 +63,7 @@ def _salient_place(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]
 
     Of equal places, the one nearest to the centre.
     """
-    weights = measures.saliency(image)
+    weights = saliency.saliency(image)
     left, top = image.width - size[0], image.height - size[1]
     axis, free, span = (1, left, size[0]) if left else (0, top, size[1])
     if not free:

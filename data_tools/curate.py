@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools import crops, drafts, folder, measures, pictures, samples, selection
+from data_tools import crops, drafts, examine, folder, pictures, samples, selection
 from data_tools import recipe as recipes
 from data_tools.drafts import Draft
 from data_tools.pictures import PictureError
@@ -164,8 +164,10 @@ def text(plan_: Plan, *, measured: bool = False) -> str:
         reasons = [f"{name}: {'; '.join(why)}" for name, why in plan_.excluded.items()]
         lines.append(bullet_list("Left out", reasons, limit=1000 if measured else 20))
     if measured:
-        rows = sorted(plan_.pictures, key=lambda picture: picture.sharpness)
-        facts = [f"{p.sharpness:10.1f}  {p.width}x{p.height}  {p.draft.name}" for p in rows]
+        rows = sorted(plan_.pictures, key=lambda picture: picture.measures.sharpness)
+        facts = [
+            f"{p.measures.sharpness:10.2f}  {p.width}x{p.height}  {p.draft.name}" for p in rows
+        ]
         lines.append(bullet_list("Sharpness, from the lowest", facts, limit=len(facts)))
     return "\n".join(lines)
 
@@ -178,12 +180,11 @@ def _measure(root: Path, found: list[Draft]) -> tuple[list[Picture], dict[str, s
 
     def look(draft: Draft) -> Picture | PictureError:
         try:
-            data = hashlib.sha256((root / draft.name).read_bytes()).hexdigest()
-            image = pictures.load_rgb(root / draft.name)
+            probe, small = pictures.look(root / draft.name, side=examine.SIDE)
         except PictureError as error:
             return error
-        phash, sharpness = measures.perceptual_hash(image), measures.sharpness(image)
-        return Picture(draft, data, image.width, image.height, phash, sharpness)
+        found = examine.measure(small)
+        return Picture(draft, probe.sha256, probe.width, probe.height, found)
 
     results = _each(look, found, title="measure")
     pairs = list(zip(found, results, strict=True))
@@ -287,7 +288,8 @@ def _write_manifest(
         row: dict[str, object] = {"name": name, "sha256": inputs[name]}
         if picture := measured.get(name):
             row |= {"width": picture.width, "height": picture.height}
-            row |= {"phash": f"{picture.phash:016x}", "sharpness": picture.sharpness}
+            seen = picture.measures
+            row |= {"phash": f"{seen.phash:016x}", "sharpness": round(seen.sharpness, 3)}
         if name in plan_.excluded:
             row["excluded"] = plan_.excluded[name]
         else:

@@ -112,12 +112,12 @@ def _energies(values_HW: np.ndarray) -> np.ndarray:
     return np.einsum("rhcw,rhcw->rc", tiles, tiles) / (height * width)
 
 
-def alike(measures: Sequence[Measures]) -> list[list[int]]:
+def alike(measures: Sequence[Measures], *, bits: int = HASH_DISTANCE) -> list[list[int]]:
     """Groups of pictures that look alike, as places in `measures`; the same bytes count, too.
 
-    Two are alike if both their hashes and their colours are near; a group is all that hang
-    together, so that a burst of shots is one group even if its ends differ more. For each picture
-    one pass of numpy over those not yet in a group: 10,000 take under a second.
+    Two are alike if their hashes differ in at most `bits` and their colours are near; a group is
+    all that hang together, so that a burst of shots is one group even if its ends differ more. For
+    each picture one pass of numpy over those not yet in a group: 10,000 take under a second.
     """
     hashes = np.array([each.phash for each in measures], np.uint64)
     colours = np.frombuffer(b"".join(each.colours for each in measures), np.uint8)
@@ -127,7 +127,7 @@ def alike(measures: Sequence[Measures]) -> list[list[int]]:
     while free.size:
         group, free = [free[0]], free[1:]
         for member in group:  # grows as it goes
-            near = np.bitwise_count(hashes[free] ^ hashes[member]) <= HASH_DISTANCE
+            near = np.bitwise_count(hashes[free] ^ hashes[member]) <= bits
             close = np.flatnonzero(near)
             apart = np.abs(colours[free[close]].astype(np.int16) - colours[member])
             near[close] = apart.mean(axis=1) <= COLOUR_DISTANCE

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from data_tools import folder, measures
+from data_tools import examine, folder
 from data_tools.drafts import Draft
+from data_tools.examine import Measures
 from data_tools.recipe import Recipe
 from train.errors import DataError, bullet_list
 
@@ -31,8 +32,7 @@ class Picture:
     sha256: str
     width: int
     height: int
-    phash: int
-    sharpness: float
+    measures: Measures
 
     @property
     def shape(self) -> str:
@@ -58,7 +58,7 @@ def excluded(pictures: Sequence[Picture], recipe: Recipe) -> dict[str, list[str]
             best = min(group, key=_quality)
             for picture in group:
                 if picture is not best:
-                    bits = (picture.phash ^ best.phash).bit_count()
+                    bits = (picture.measures.phash ^ best.measures.phash).bit_count()
                     text = f"near-duplicate of {best.draft.name} ({bits} of 64 bits differ)"
                     reasons[picture.draft.name].append(text)
     return {name: found for name, found in reasons.items() if found}
@@ -75,23 +75,27 @@ def _reasons(picture: Picture, recipe: Recipe) -> list[str]:
     ]
     if min(picture.width, picture.height) < rules.min_side:
         found.append(f"{picture.width}x{picture.height} is below min_side {rules.min_side}")
-    if picture.sharpness < rules.min_sharpness:
-        found.append(f"sharpness {picture.sharpness:g} is below {rules.min_sharpness:g}")
+    if picture.measures.sharpness < rules.min_sharpness:
+        found.append(f"sharpness {picture.measures.sharpness:.2f} is below {rules.min_sharpness:g}")
     return found
 
 
 def _quality(picture: Picture) -> tuple:
-    return -picture.width * picture.height, -picture.sharpness, picture.sha256, picture.draft.name
+    return (
+        -picture.width * picture.height,
+        -picture.measures.sharpness,
+        picture.sha256,
+        picture.draft.name,
+    )
 
 
 def groups(pictures: Sequence[Picture], *, bits: int) -> list[list[Picture]]:
     """Pictures that are near-duplicates of each other, and single ones, in order of content."""
     ordered = sorted(pictures, key=lambda picture: (picture.sha256, picture.draft.name))
-    first = measures.near_duplicates([picture.phash for picture in ordered], bits=bits)
-    found: dict[int, list[Picture]] = defaultdict(list)
-    for index, picture in zip(first, ordered, strict=True):
-        found[index].append(picture)
-    return list(found.values())
+    found = examine.alike([picture.measures for picture in ordered], bits=bits)
+    grouped = {index for group in found for index in group}
+    found += [[index] for index in range(len(ordered)) if index not in grouped]
+    return [[ordered[index] for index in group] for group in sorted(found)]
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_tools import crops, curate, folder, measures, pictures, recipe, selection, sources
+from data_tools import (
+    crops,
+    curate,
+    examine,
+    folder,
+    pictures,
+    recipe,
+    saliency,
+    selection,
+    sources,
+)
 from data_tools.drafts import Draft
+from data_tools.examine import Measures
 from data_tools.recipe import Crop, Recipe
 from data_tools.selection import Picture
 from tests.unit import hostile
@@ -117,32 +128,38 @@ def test_a_fault_has_its_line(tmp_path: Path, text: str, said: str) -> None:
 # ---- measures
 
 
-def test_hash_and_sharpness(tmp_path: Path) -> None:
+def measured(path: Path) -> Measures:
+    return examine.measure(pictures.look(path, side=examine.SIDE)[1])
+
+
+def test_like_pictures_are_one_group_and_blur_shows(tmp_path: Path) -> None:
     sharp, soft, other = (
-        pictures.load_rgb(scene(tmp_path / name, seed=seed, blur=blur, width=300, height=200))
+        measured(scene(tmp_path / name, seed=seed, blur=blur, width=300, height=200))
         for name, seed, blur in [("a.png", 1, 0), ("b.jpg", 1, 3), ("c.png", 2, 0)]
     )
-    hashes = [measures.perceptual_hash(image) for image in (sharp, soft, other)]
-    assert (hashes[0] ^ hashes[1]).bit_count() <= 6 < (hashes[0] ^ hashes[2]).bit_count()
-    assert measures.near_duplicates(hashes, bits=6) == [0, 0, 2]
-    noise = pictures.load_rgb(hostile.picture(tmp_path / "n.png"))
-    blurred = noise.filter(ImageFilter.GaussianBlur(2))
-    assert measures.sharpness(noise) > 100 * measures.sharpness(blurred)
-    step = Image.fromarray(np.repeat([[0, 0, 0, 9, 9, 9]], 5, axis=0).astype(np.uint8))
-    assert measures.sharpness(step) == 40.5  # Laplacians 0, 9, -9, 0 in each inner row
-    assert measures.sharpness(Image.new("RGB", (2, 9))) == 0
+    assert (sharp.phash ^ soft.phash).bit_count() <= 6 < (sharp.phash ^ other.phash).bit_count()
+    assert examine.alike([sharp, soft, other], bits=6) == [[0, 1]]
+    noise = hostile.picture(tmp_path / "n.png")
+    blurred = tmp_path / "blurred.png"
+    pictures.load_rgb(noise).filter(ImageFilter.GaussianBlur(2)).save(blurred)
+    assert measured(noise).sharpness > 5 * measured(blurred).sharpness
 
 
-def test_chains_are_one_group() -> None:
-    assert measures.near_duplicates([0b0, 0b1111, 0b11, 0xFFFF], bits=2) == [0, 0, 0, 3]
-    assert measures.near_duplicates([], bits=2) == []
-    assert measures.near_duplicates([2**64 - 1, 0], bits=16) == [0, 1]
+def test_chains_are_one_group(tmp_path: Path) -> None:
+    one = measured(scene(tmp_path / "a.png", seed=1))
+
+    def groups(*hashes: int, bits: int) -> list[list[int]]:
+        return examine.alike([replace(one, phash=value) for value in hashes], bits=bits)
+
+    assert groups(0b0, 0b1111, 0b11, 0xFFFF, bits=2) == [[0, 1, 2]]
+    assert groups(bits=2) == []
+    assert groups(2**64 - 1, 0, bits=16) == []
 
 
 def test_saliency_finds_what_stands_out() -> None:
     pixels = np.random.default_rng(0).normal(120, 2, (200, 300)).astype(np.uint8)
     pixels[60:90, 220:250] = 250
-    found = measures.saliency(Image.fromarray(pixels))
+    found = saliency.saliency(Image.fromarray(pixels))
     assert found.shape == (43, 64)
     row, column = np.unravel_index(found.argmax(), found.shape)
     assert 12 <= row <= 20
@@ -211,10 +228,11 @@ def test_cropped_pixels_are_what_training_would_see(tmp_path: Path) -> None:
 # ---- what is chosen
 
 
-def picture(name: str, *, seed: int, width: int = 96, height: int = 96, phash: int = -1) -> Picture:
+def picture(name: str, *, seed: int, width: int = 96, height: int = 96) -> Picture:
+    """A picture that is like none of another seed."""
     random = np.random.default_rng(seed)
-    unlike = int(random.integers(0, 2**63)) * 2 if phash < 0 else phash
-    return Picture(Draft(name, "", ""), f"{seed:064x}", width, height, unlike, 10.0)
+    unlike = Measures(int(random.integers(0, 2**63)) * 2, bytes(192), 1.0, 0.5, 0.0, 0.0)
+    return Picture(Draft(name, "", ""), f"{seed:064x}", width, height, unlike)
 
 
 def library(count: int, *, first: int = 0, top: str = "") -> list[Picture]:
@@ -264,7 +282,13 @@ def test_near_duplicates_never_straddle(tmp_path: Path) -> None:
     recipe = rules(tmp_path, validation={"fraction": 0.3}, near_duplicate_bits=2)
     known = library(30)
     twins = [
-        replace(p, draft=Draft(f"twin{i}.png", "", ""), sha256=f"{i + 500:064x}", phash=p.phash ^ 3)
+        Picture(
+            Draft(f"twin{i}.png", "", ""),
+            f"{i + 500:064x}",
+            p.width,
+            p.height,
+            replace(p.measures, phash=p.measures.phash ^ 3),
+        )
         for i, p in enumerate(known)
     ]
     held = selection.held_out(known + twins, recipe)

@@ -37,7 +37,7 @@ LAYERS = {
         *("data_tools.records", "data_tools.workers", "data_tools.examine"),
         *("data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
         *("data_tools.samples", "data_tools.containers", "data_tools.tars"),
-        *("data_tools.measures", "data_tools.recipe", "data_tools.selection", "data_tools.crops"),
+        *("data_tools.saliency", "data_tools.recipe", "data_tools.selection", "data_tools.crops"),
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
@@ -88,7 +88,7 @@ SIDEWAYS = {
     "data_tools.containers": {"data_tools.*"},
     "data_tools.tars": {"data_tools.*"},
     "data_tools.selection": {"data_tools.*"},
-    "data_tools.crops": {"data_tools.measures", "data_tools.pictures", "data_tools.recipe"},
+    "data_tools.crops": {"data_tools.saliency", "data_tools.pictures", "data_tools.recipe"},
     "data_tools.records": {"data_tools.*"},
     "train.order": {"train.randomness"},
     "data_tools.answers": {"data_tools.captions", "data_tools.folder"},
