@@ -111,7 +111,7 @@ def bare(root: Path) -> None:
 
 def inspect(root: Path, page: bool) -> None:
     """All of `kindling inspect`, from its imports to its last line."""
-    from data_tools import inspect
+    from data_tools.inspect import command as inspect
 
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         outputs = ["--html", f"{folder}/x.html", "--json", f"{folder}/x.json"] if page else []

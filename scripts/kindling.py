@@ -25,17 +25,20 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "caption": Command("data_tools.caption", "write captions for a folder of pictures"),
+    "caption": Command("data_tools.caption.command", "write captions for a folder of pictures"),
     "inspect": Command(
-        "data_tools.inspect", "report on a folder of pictures: sizes, captions, faults"
+        "data_tools.inspect.command", "report on a folder of pictures: sizes, captions, faults"
     ),
     "curate": Command(
-        "data_tools.curate", "exclude, crop, balance and hold out pictures, by a recipe"
+        "data_tools.curate.command", "exclude, crop, balance and hold out pictures, by a recipe"
     ),
     "import": Command(
-        "data_tools.import_data", "make a folder of pictures of parquet, tar or a hub data set"
+        "data_tools.exchange.import_data",
+        "make a folder of pictures of parquet, tar or a hub data set",
     ),
-    "pack": Command("data_tools.pack", "write a folder of pictures as parquet, tar or imagefolder"),
+    "pack": Command(
+        "data_tools.exchange.pack", "write a folder of pictures as parquet, tar or imagefolder"
+    ),
     "export": Command("train.export_run", "write a run's adapter files and their certificate"),
     "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data_tools import answers
+from data_tools.caption import answers
 
 LONG = "A fox sits in the snow beside a red barn, looking to the left, seen from below."
 

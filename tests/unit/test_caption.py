@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools import caption, instructions, journal, records
-from data_tools.captioners.filename import words
-from data_tools.captioners.server import KEY_VARIABLE
+from data_tools import records
+from data_tools.caption import command as caption
+from data_tools.caption import instructions, journal
+from data_tools.caption.captioners.filename import words
+from data_tools.caption.captioners.server import KEY_VARIABLE
 from tests import tiny_vision
 from tests.caption_server import CaptionServer, Reply, Request, completion, serve
 from tests.runs import ROOT
@@ -468,7 +470,7 @@ def test_filename(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_a_local_model(
     root: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_tools.captioners import models
+    from data_tools.caption.captioners import models
 
     make = {"base": tiny_vision.make_dev, "hf": tiny_vision.make_qwen}[kind]
     folder = str(make(tmp_path / "model"))

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_tools.captioners import Answer, Question, dialects, models
-from data_tools.captioners.local import Local, Settings
+from data_tools.caption.captioners import Answer, Question, dialects, models
+from data_tools.caption.captioners.local import Local, Settings
 from tests import tiny_vision
 from tests.tiny_vision import PATCH, script
 from train.errors import CheckpointError, ConfigError, MachineError, UserError

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.captioners import Answer, Question, server
-from data_tools.captioners.server import KEY_VARIABLE, Server, Settings
+from data_tools.caption.captioners import Answer, Question, server
+from data_tools.caption.captioners.server import KEY_VARIABLE, Server, Settings
 from tests.caption_server import CaptionServer, Reply, completion, serve
 from train.errors import ConfigError, MachineError
 

@@ -9,21 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_tools import (
-    crops,
-    curate,
-    examine,
-    folder,
-    pictures,
-    recipe,
-    saliency,
-    selection,
-    sources,
-)
+from data_tools import examine, folder, pictures, sources
+from data_tools.curate import command as curate
+from data_tools.curate import crops, recipe, saliency, selection
+from data_tools.curate.recipe import Crop, Recipe
+from data_tools.curate.selection import Picture
 from data_tools.drafts import Draft
 from data_tools.examine import Measures
-from data_tools.recipe import Crop, Recipe
-from data_tools.selection import Picture
 from tests.unit import hostile
 from train.errors import ConfigError, DataError
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import inspect, pictures
+from data_tools import pictures
+from data_tools.inspect import command as inspect
 from data_tools.pictures import PictureError
 from tests.unit import hostile
 from tests.unit.folders import names, pair, survey, table

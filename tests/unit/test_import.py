@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import folder, import_data, pack, records, samples, sources
-from data_tools.containers import Columns
+from data_tools import folder, records, sources
+from data_tools.exchange import import_data, pack, samples
+from data_tools.exchange.containers import Columns
 from data_tools.sources import Draft
 from tests.unit import hostile
 from train.config import DataConfig
@@ -140,7 +141,7 @@ def test_datasets_reads_what_is_packed(tmp_path: Path) -> None:
 
 
 def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_tools import containers
+    from data_tools.exchange import containers
 
     root = rich(tmp_path / "in")
     monkeypatch.setattr(containers, "ROW_GROUP", 1)

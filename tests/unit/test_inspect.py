@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import inspect, pictures
-from data_tools.inspect import Settings
+from data_tools import pictures
+from data_tools.inspect import command as inspect
+from data_tools.inspect.command import Settings
 from tests.unit import hostile
 
 
@@ -141,7 +142,7 @@ def test_bad_arguments(
 
 def test_help_and_library_load_neither_torch_nor_datasets() -> None:
     code = (
-        "import sys, data_tools.inspect\n"
+        "import sys, data_tools.inspect.command\n"
         "heavy = {'torch', 'datasets', 'pandas', 'transformers'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import inspect
+from data_tools.inspect import command as inspect
 from tests.unit import hostile
 from tests.unit.folders import pair
 

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_tools import captions, drafts, formats, pictures, samples, tables
+from data_tools import captions, drafts, formats, pictures, tables
 from data_tools.captions import TextError
-from data_tools.containers import Columns
 from data_tools.drafts import Draft
-from data_tools.samples import File, Sample
+from data_tools.exchange import samples
+from data_tools.exchange.containers import Columns
+from data_tools.exchange.samples import File, Sample
 from train.errors import DataError
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")

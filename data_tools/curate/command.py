@@ -24,12 +24,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools import crops, drafts, examine, folder, pictures, samples, selection
-from data_tools import recipe as recipes
+from data_tools import drafts, examine, folder, pictures
+from data_tools.curate import crops, selection
+from data_tools.curate import recipe as recipes
+from data_tools.curate.recipe import Recipe
+from data_tools.curate.selection import Picture
 from data_tools.drafts import Draft
+from data_tools.exchange import samples
 from data_tools.pictures import PictureError
-from data_tools.recipe import Recipe
-from data_tools.selection import Picture
 from train.errors import DataError, UserError, bullet_list
 
 MANIFEST = "manifest.json"

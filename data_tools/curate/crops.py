@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_tools import pictures, saliency
-from data_tools.recipe import Crop
+from data_tools import pictures
+from data_tools.curate import saliency
+from data_tools.curate.recipe import Crop
 from train.errors import DataError
 
 Box = tuple[int, int, int, int]

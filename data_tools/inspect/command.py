@@ -15,11 +15,12 @@ from tempfile import TemporaryFile
 
 from pydantic import ValidationError
 
-from data_tools import captions, examine, page, pictures, records, tokens
+from data_tools import captions, examine, pictures, records
 from data_tools.examine import Measures
-from data_tools.page import Thumbnails
+from data_tools.inspect import page, tokens
+from data_tools.inspect.page import Thumbnails
+from data_tools.inspect.report import MARKS, Report, Schedule, Tokens, build, facts
 from data_tools.pictures import Probe
-from data_tools.report import MARKS, Report, Schedule, Tokens, build, facts
 from train.config import BaseConfig, DataConfig
 from train.errors import ConfigError, UserError, bullet_list
 

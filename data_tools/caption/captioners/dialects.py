@@ -6,7 +6,7 @@ Owns chat templates, image tokens and padding. Loads no weights.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_tools.captioners import Question
+from data_tools.caption.captioners import Question
 from train.errors import CheckpointError
 
 if TYPE_CHECKING:

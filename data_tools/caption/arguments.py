@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools import instructions
-from data_tools.captioners import Captioner
-from data_tools.instructions import Instruction
+from data_tools.caption import instructions
+from data_tools.caption.captioners import Captioner
+from data_tools.caption.instructions import Instruction
 from train.errors import ConfigError, DataError
 
 KINDS = ("base", "hf", "http", "filename")
@@ -137,11 +137,11 @@ def instruction(options: Options) -> Instruction:
 def open_captioner(options: Options) -> Captioner:
     """The captioner, loaded or connected. Raises UserError."""
     if options.kind == "filename":
-        from data_tools.captioners.filename import FileName
+        from data_tools.caption.captioners.filename import FileName
 
         return FileName()
     if options.kind == "http":
-        from data_tools.captioners import server
+        from data_tools.caption.captioners import server
 
         settings = server.Settings(
             concurrency=options.concurrency,
@@ -150,7 +150,7 @@ def open_captioner(options: Options) -> Captioner:
             max_tokens=options.max_tokens,
         )
         return server.Server(options.source, model=options.model, settings=settings)
-    from data_tools.captioners import local, models
+    from data_tools.caption.captioners import local, models
 
     settings = local.Settings(
         batch_size=options.batch_size,

@@ -1,17 +1,18 @@
 """`kindling caption`: write captions for a folder of pictures.
 
-Owns the command and its words. The options are in `caption_options`, the work in `caption_job`,
-the files in `caption_files`.
+Owns the command and its words. The options are in `arguments`, the work in `job`, the files in
+`files`.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools import caption_files, caption_job, caption_options, folder, journal
-from data_tools.caption_job import Job, Outcome, Todo
-from data_tools.caption_options import Options
-from data_tools.journal import Journal
+from data_tools import folder
+from data_tools.caption import arguments, files, journal
+from data_tools.caption.arguments import Options
+from data_tools.caption.job import Job, Outcome, Todo, survey
+from data_tools.caption.journal import Journal
 from data_tools.sources import Draft
 from train.errors import ConfigError, UserError, bullet_list
 
@@ -22,7 +23,7 @@ EXAMPLES = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Caption a folder of pictures; exit status 0 if all have a caption, 2 if some could not."""
     try:
-        options = caption_options.parse(argv)
+        options = arguments.parse(argv)
         return _run(options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    todo = caption_job.survey(
+    todo = survey(
         options.images,
         replace=options.replace,
         add_unlisted=options.add_unlisted,
@@ -38,7 +39,7 @@ def _run(options: Options) -> int:
     )
     _check_files(options, todo)
     if options.write == "sidecars":
-        clashes = caption_files.shared_sidecars(todo.drafts)
+        clashes = files.shared_sidecars(todo.drafts)
         clashes = {
             draft.name: clashes[draft.name] for draft in todo.wanted if draft.name in clashes
         }
@@ -50,8 +51,8 @@ def _run(options: Options) -> int:
     outcome = _caption(options, todo) if todo.wanted else Outcome()
     outcome.failed = todo.failed | outcome.failed
     if outcome.captions and options.write == "metadata":
-        text = caption_files.metadata(options.images, todo.drafts, outcome.captions)
-        kept = caption_files.write(options.output, text)
+        text = files.metadata(options.images, todo.drafts, outcome.captions)
+        kept = files.write(options.output, text)
         print(_written(options, todo, kept))
     if todo.wanted or outcome.failed:
         print(_summary(options, outcome))
@@ -60,18 +61,18 @@ def _run(options: Options) -> int:
 
 def _caption(options: Options, todo: Todo) -> Outcome:
     """Run the job; what was finished before an error is in the journal, and that is said."""
-    instruction = caption_options.instruction(options) if options.kind != "filename" else None
+    instruction = arguments.instruction(options) if options.kind != "filename" else None
     kept = Journal(options.output.parent / journal.NAME)
 
     def on_caption(draft: Draft, caption: str) -> None:
         if options.write == "sidecars":
-            caption_files.write_sidecar(options.images, draft, caption)
+            files.write_sidecar(options.images, draft, caption)
 
     outcome = Outcome()
     try:
         job = Job(
             root=options.images,
-            captioner=caption_options.open_captioner(options),
+            captioner=arguments.open_captioner(options),
             journal=kept,
             instruction=instruction,
             longest_side=options.longest_side,

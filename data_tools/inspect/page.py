@@ -19,8 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from data_tools import pictures, report
-from data_tools.report import MARKS, Report, Row
+from data_tools import pictures
+from data_tools.inspect import report
+from data_tools.inspect.report import MARKS, Report, Row
 
 TEMPLATE = "page.html.jinja"
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from data_tools import captions, drafts, formats, samples, tables
+from data_tools import captions, drafts, formats, tables
 from data_tools.captions import TextError
 from data_tools.drafts import Draft
-from data_tools.samples import File, Sample
+from data_tools.exchange import samples
+from data_tools.exchange.samples import File, Sample
 from train.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools import containers, samples, tars
+from data_tools.exchange import containers, samples, tars
 from train.errors import DataError, UserError
 
 

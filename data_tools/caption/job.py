@@ -12,11 +12,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools import answers, folder, pictures, sources
-from data_tools import journal as journals
-from data_tools.captioners import Captioner, Question
-from data_tools.instructions import Instruction
-from data_tools.journal import Journal
+from data_tools import folder, pictures, sources
+from data_tools.caption import answers
+from data_tools.caption import journal as journals
+from data_tools.caption.captioners import Captioner, Question
+from data_tools.caption.instructions import Instruction
+from data_tools.caption.journal import Journal
 from data_tools.pictures import PictureError
 from data_tools.sources import Draft
 from train.errors import DataError, MachineError, bullet_list

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from data_tools import examine, folder
+from data_tools.curate.recipe import Recipe
 from data_tools.drafts import Draft
 from data_tools.examine import Measures
-from data_tools.recipe import Recipe
 from train.errors import DataError, bullet_list
 
 REST = ""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
-from data_tools.captioners import Answer, Question
+from data_tools.caption.captioners import Answer, Question
 
 _SEPARATORS = re.compile(r"[\s_\-.,;+~=]+")
 _NUMBER = re.compile(r"[(\[]?\d+[)\]]?")

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.captioners import Answer, Question
-from data_tools.captioners.dialects import Dialect
+from data_tools.caption.captioners import Answer, Question
+from data_tools.caption.captioners.dialects import Dialect
 from train.errors import CheckpointError, ConfigError, MachineError
 
 _WHOLE = ["lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_tools.report import Tokens
+from data_tools.inspect.report import Tokens
 from train.config import BaseConfig
 from train.errors import UserError
 

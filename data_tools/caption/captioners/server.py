@@ -25,7 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from PIL import Image
 
-from data_tools.captioners import Answer, Question
+from data_tools.caption.captioners import Answer, Question
 from train.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.captioners.dialects import Chat, Dialect, Florence, Pixtral
-from data_tools.captioners.local import Local, Settings, check_machine, load
+from data_tools.caption.captioners.dialects import Chat, Dialect, Florence, Pixtral
+from data_tools.caption.captioners.local import Local, Settings, check_machine, load
 from train.errors import CheckpointError, ConfigError, MachineError
 
 OTHERS = "use another captioner: hf:MODEL or http:URL (see `kindling caption --help`)"

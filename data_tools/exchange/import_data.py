@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools import containers, folder, samples, tars
+from data_tools import folder
 from data_tools.captions import TextError
-from data_tools.containers import Columns
-from data_tools.samples import Sample
+from data_tools.exchange import containers, samples, tars
+from data_tools.exchange.containers import Columns
+from data_tools.exchange.samples import Sample
 from train.errors import DataError, UserError, bullet_list
 
 

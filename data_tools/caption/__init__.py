@@ -1,0 +1,1 @@
+"""Captioning: captioners behind one interface, and the command that asks them."""

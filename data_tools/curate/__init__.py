@@ -1,0 +1,1 @@
+"""Curation: a recipe of what is left out, cropped, balanced and held out."""
