@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from train.config import PIXEL_MULTIPLE, DataConfig
+from train.config import DataConfig
 from train.errors import DataError
+from train.schema import PIXEL_MULTIPLE
 
 SMALLEST = 64
 """Pixels: the smallest area used is that of a square of this side."""
@@ -129,27 +130,6 @@ def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
             for resolution in data.resolutions
         )
     )
-
-
-def bucket(
-    width: int,
-    height: int,
-    *,
-    resolution: int,
-    max_upscale: float,
-    max_aspect: float,
-    equal_tokens: bool = False,
-) -> Geometry:
-    """The size at which a picture of width x height is trained. See `place`."""
-    placement = place(
-        width,
-        height,
-        resolution=resolution,
-        max_upscale=max_upscale,
-        max_aspect=max_aspect,
-        equal_tokens=equal_tokens,
-    )
-    return placement.geometry
 
 
 def place(

@@ -24,8 +24,9 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.tokens import AliasToken, AnchorToken, TagToken
 
-from train.config import Config, Section, allowed, either
+from train.config import Config
 from train.errors import ConfigError
+from train.schema import Section, allowed, either
 
 Key = tuple[str | int, ...]
 """Where a value is: section, setting, item of a list."""

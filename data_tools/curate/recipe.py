@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from train.config import Count, FileName, Natural, Positive, Section, Text, conflict
+from train.schema import Count, FileName, Natural, Positive, Section, Text, conflict
 
 Aspect = Annotated[
     str,

@@ -11,7 +11,6 @@ from data_tools.buckets import (
     SMALLEST,
     Bucket,
     Geometry,
-    bucket,
     equal_geometries,
     geometries,
     levels,
@@ -140,20 +139,20 @@ def test_common_shapes_lose_little(resolution: int, shape: tuple[int, int]) -> N
 def test_sizes_people_meet(
     picture: tuple[int, int], resolution: int, expected: tuple[int, int]
 ) -> None:
-    found = bucket(*picture, resolution=resolution, max_upscale=1.0, max_aspect=3.0)
+    found = place(*picture, resolution=resolution, max_upscale=1.0, max_aspect=3.0).geometry
     assert (found.width, found.height) == expected
 
 
 def test_upscaling_goes_to_its_limit_and_not_beyond() -> None:
     limits = {"resolution": 1024, "max_aspect": 3.0}
-    assert bucket(512, 512, max_upscale=2.0, **limits) == Geometry(1024, 1024)
-    assert bucket(511, 511, max_upscale=2.0, **limits) == Geometry(896, 896)
-    assert bucket(512, 512, max_upscale=1.99, **limits) == Geometry(896, 896)
+    assert place(512, 512, max_upscale=2.0, **limits).geometry == Geometry(1024, 1024)
+    assert place(511, 511, max_upscale=2.0, **limits).geometry == Geometry(896, 896)
+    assert place(512, 512, max_upscale=1.99, **limits).geometry == Geometry(896, 896)
 
 
 def test_too_small_says_by_how_much() -> None:
     with pytest.raises(DataError) as caught:
-        bucket(40, 50, resolution=1024, max_upscale=1.0, max_aspect=3.0)
+        place(40, 50, resolution=1024, max_upscale=1.0, max_aspect=3.0)
     assert str(caught.value) == (
         "40x50 pixels are too few: the smallest bucket for this shape would need enlarging "
         "1.28 times and max_upscale is 1; use a larger picture or raise max_upscale"

@@ -557,8 +557,8 @@ def test_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_help_and_options_come_without_torch() -> None:
     code = (
-        "import sys\nfrom data_tools import caption\n"
-        "try:\n    caption.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom data_tools.caption import command\n"
+        "try:\n    command.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'transformers', 'httpx', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -573,7 +573,12 @@ def test_interrupted_it_ends_at_once(root: Path) -> None:
 
     with serve(answer) as target:
         process = subprocess.Popen(
-            command(target, root), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            command(target, root),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            # a shell's background jobs, and what they start, are born deaf to it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for _ in range(3):
             assert target.arrived.acquire(timeout=300)

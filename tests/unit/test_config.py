@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from train.config import Config, LoraConfig, allowed
+from train.config import Config, LoraConfig
+from train.schema import allowed
 
 MINIMAL = {"name": "x", "data": {"path": "pictures"}, "train": {"steps": 10}}
 
