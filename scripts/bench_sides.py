@@ -57,8 +57,8 @@ class Job:
             "train": {
                 "steps": steps,
                 "batch_size": self.batch,
-                "gradient_checkpointing": self.gradient_checkpointing,
             },
+            "memory": {"gradient_checkpointing": "all" if self.gradient_checkpointing else "none"},
         }
         return Config.model_validate({"name": "bench", "output": str(folder), **sections})
 

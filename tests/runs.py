@@ -48,7 +48,8 @@ def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> d
         "data": {"path": str(pictures), "resolution": 64},
         "lora": {"rank": 4},
         "optim": {"lr": 1e-3},
-        "train": {"steps": 4, "batch_size": 2, "gradient_checkpointing": False, "log_every": 1},
+        "train": {"steps": 4, "batch_size": 2, "log_every": 1},
+        "memory": {"gradient_checkpointing": "none"},
         "export": {"dtype": "fp32"},
     }
     for name, section in sections.items():

@@ -34,6 +34,12 @@ class BaseConfig(Section):
     """Commit, branch or tag of a hub repository; none means its main branch."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the frozen weights. LoRA weights are fp32 always."""
+    transformer: Home | None = None
+    """One .safetensors file of the transformer alone, as ComfyUI ships it (bf16 or scaled fp8), in
+    place of the base's own. The base's other parts are still the model's."""
+    quantize: Literal["none", "fp8", "int8", "nf4"] = "none"
+    """How the frozen weights of the transformer's blocks are kept: as they are, in 8 bits with a
+    scale for each row, or in 4 bits. The matrix products stay in dtype."""
     allow_distilled: bool = False
     """Train on a step-distilled checkpoint all the same; expect grey, generic pictures."""
 
@@ -200,7 +206,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, in what portions, and with what memory."""
+    """How long, and in what portions."""
 
     steps: Count
     """Optimizer steps."""
@@ -208,14 +214,45 @@ class TrainConfig(Section):
     """Pictures a device takes at once; all of one bucket."""
     accumulate: Count = 1
     """Batches whose gradients are added up for one step."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: far less memory, about a third more time."""
     checkpoint_every: Count = 250
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Count = 4
     """Older checkpoints are deleted; the newest is never."""
     log_every: Count = 10
     """Steps between lines on the console; the JSONL has every step."""
+
+
+class MemoryConfig(Section):
+    """How a run fits the GPU. None of it changes what is learnt."""
+
+    budget_gb: Positive | None = None
+    """GB (10^9 bytes) of GPU memory that auto settings may use; none means what the GPU has."""
+    gradient_checkpointing: Literal["all", "none", "auto"] | Count = "all"
+    """Blocks whose activations are recomputed in the backward pass: far less memory, about a third
+    more time. A number n: every n-th block. auto: as few as fit the budget."""
+    offload_activations: bool = False
+    """Keep what the recomputed blocks start from in RAM until it is needed."""
+    resident_blocks: Literal["all", "auto"] | Natural = "all"
+    """How many of the transformer's blocks stay on the GPU; the others' frozen weights are in RAM
+    and streamed in ahead of their use. auto: as many as fit the budget."""
+
+    @model_validator(mode="after")
+    def _something_is_offloaded(self) -> Self:
+        if self.offload_activations and self.gradient_checkpointing == "none":
+            fault = "has no effect with gradient_checkpointing: none; remove it"
+            raise conflict({"offload_activations": fault})
+        return self
+
+
+class SpeedConfig(Section):
+    """Faster steps on a GPU, which round differently: losses differ in their last bits."""
+
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile; the first steps take minutes."""
+    attention: Literal["auto", "native", "cudnn", "flash", "flash3"] = "auto"
+    """Attention kernels. auto: the fastest of those that this machine has."""
+    fp8_matmul: bool = False
+    """Matrix products of the frozen weights in fp8, where base.quantize is fp8 and the GPU can."""
 
 
 class PreviewConfig(Section):
@@ -287,6 +324,10 @@ class Config(Section):
     """Optimizer and schedule."""
     train: TrainConfig
     """Steps, batches, checkpoints."""
+    memory: MemoryConfig = MemoryConfig()
+    """Fitting the GPU."""
+    speed: SpeedConfig = SpeedConfig()
+    """Faster steps."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures made while training."""
     track: TrackConfig = TrackConfig()
@@ -311,6 +352,10 @@ class Config(Section):
             problems["optim.warmup"] = (
                 f"is {self.optim.warmup} but train.steps is {self.train.steps}: "
                 "the learning rate would never reach its peak"
+            )
+        if self.speed.fp8_matmul and self.base.quantize != "fp8":
+            problems["speed.fp8_matmul"] = (
+                f"needs base.quantize: fp8, not '{self.base.quantize}'; set that or remove this"
             )
         if not self.preview.prompts:
             unused = "has no effect without preview.prompts; remove it or add prompts"

@@ -47,6 +47,7 @@ FREE_TO_CHANGE = (
     "preview.*",
     "track.*",
     "export.*",
+    "memory.*",
 )
 """Settings that a resumed run may have otherwise; any other would make it another run."""
 
@@ -261,7 +262,7 @@ def _build(
     folder = Path(config.output) / config.name
     transformer = base.load_transformer(accelerator.device)
     lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.train.gradient_checkpointing:
+    if config.memory.gradient_checkpointing == "all":
         transformer.enable_gradient_checkpointing()
     settings = config.model_dump(mode="json")
     tracker = Tracker(

@@ -38,7 +38,7 @@ RUNS = {
     "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
     "bf16": {"base": {"dtype": "bf16"}},
     "gradient checkpointing": {
-        "train": {"gradient_checkpointing": True},
+        "memory": {"gradient_checkpointing": "all"},
         "lora": {"dropout": 0.2},
     },
 }
@@ -79,7 +79,8 @@ def test_gradient_checkpointing_changes_no_bit(train_run: TrainRun):
     """Not even with dropout, whose masks are drawn again in the backward pass."""
     changes = {"lora": {"dropout": 0.2}}
     plain = train_run("plain", train={"steps": 3}, **changes)
-    checkpointed = train_run("cp", train={"steps": 3, "gradient_checkpointing": True}, **changes)
+    memory = {"gradient_checkpointing": "all"}
+    checkpointed = train_run("cp", train={"steps": 3}, memory=memory, **changes)
     assert runs.adapter_change(plain, checkpointed) == 0
     assert runs.metrics(plain) == runs.metrics(checkpointed)
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
-    1: ["train.schema", "train.config", "train.config_load"],
+    1: ["train.schema", "train.config", "train.config_load", "train.shapes"],
     2: [
         *(
             "train.flow",
