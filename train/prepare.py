@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_tools import buckets, records
-from data_tools.buckets import REFERENCE_SIDE, Geometry, reference_geometry
+from data_tools.buckets import Geometry, reference_geometry
 from data_tools.records import Collection, Record
 from train import encode, encode_text
 from train.base import Base
@@ -19,7 +19,6 @@ from train.cache import DIGESTS, Cache, FileDigests, key
 from train.config import Config, DataConfig
 from train.data import Example, Rules
 from train.encode import Keys, Mask, Picture
-from train.errors import DataError, bullet_list
 
 PROVEN = "decoded.txt"
 """In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""
@@ -70,8 +69,6 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     cache = Cache(Path(config.cache))
     proven = cache.root / PROVEN
     collections = [records.read(data, proven=_lines(proven), progress=main) for data in config.sets]
-    for collection in collections:
-        _check_references(collection)
     read_at = time.time()
     if main:
         _add_lines(proven, {digest for one in collections for digest in _digests(one)})
@@ -181,18 +178,6 @@ def _add_lines(path: Path, lines: set[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in ["", *new]))
-
-
-def _check_references(collection: Collection) -> None:
-    small = [
-        f"{record.name}: its reference {path.name} is {width}x{height}"
-        for record in collection.records
-        for path, (width, height) in zip(record.references, record.reference_sizes, strict=True)
-        if min(width, height) < REFERENCE_SIDE
-    ]
-    if small:
-        title = f"references need {REFERENCE_SIDE} pixels a side; give larger ones:"
-        raise DataError(bullet_list(title, small))
 
 
 def _pictures(record: Record, geometry: Geometry) -> list[Picture]:
