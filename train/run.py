@@ -2,6 +2,7 @@
 
 import json
 import platform
+import signal
 import time
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader
-from train.errors import ConfigError, bullet_list
+from train.errors import ConfigError, Stopped, bullet_list
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker
@@ -83,14 +84,23 @@ def run(config: Config, *, resume: bool) -> None:
     if accelerator.is_main_process:
         ends["load"] = time.time()
         (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
-    loop.fit(
-        trainer,
-        start=saved.progress.step if saved else 0,
-        steps=config.train.steps,
-        checkpoint_every=config.train.checkpoint_every,
-        preview_every=config.preview.every,
-    )
+    with trainer.wish as wish:
+        done = loop.fit(
+            trainer,
+            start=saved.progress.step if saved else 0,
+            steps=config.train.steps,
+            checkpoint_every=config.train.checkpoint_every,
+            preview_every=config.preview.every,
+        )
     trainer.finish()
+    if done < config.train.steps:
+        accelerator.end_training()
+        cause = wish.signal or signal.SIGTERM  # another process had it
+        message = (
+            f"{folder}: stopped by {cause.name} after step {done}, which is saved. "
+            "The same command with --resume goes on."
+        )
+        raise Stopped(message if accelerator.is_main_process else "", signal=cause)
     if accelerator.is_main_process:
         transformer.unload_lora()
         newest, _ = checkpoint.newest_good(folder / "checkpoints")

@@ -29,6 +29,7 @@ LAYERS = {
             "train.randomness",
             "train.order",
             "train.board",
+            "train.interrupt",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
