@@ -53,6 +53,7 @@ LAYERS = {
         "train.loop",
         "train.trainer",
         "train.prepare",
+        "train.resumption",
         "data_tools.caption.job",
         "data_tools.caption.arguments",
     ],
