@@ -29,6 +29,7 @@ from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader
 from train.errors import ConfigError, Stopped, bullet_list
+from train.files import writing
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker
@@ -71,8 +72,9 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             say(line)
     accelerator.wait_for_everyone()  # all have read the list before it is replaced
     if accelerator.is_main_process:
-        _write_facts(folder, config)
-        resumption.write_pictures(folder, pictures)
+        with writing(folder):
+            _write_facts(folder, config)
+            resumption.write_pictures(folder, pictures)
     accelerator.wait_for_everyone()
     trainer, transformer = _build(
         config, base, prepared, accelerator=accelerator, origin=origin, saved=saved

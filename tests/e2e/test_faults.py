@@ -1,5 +1,7 @@
 """What happens to processes and disks: the run ends with a clear message, and can go on."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from train import checkpoint
 
 ENDLESS = {"steps": 100_000, "checkpoint_every": 50_000}
 
@@ -72,3 +75,64 @@ def test_told_by_their_launcher_two_processes_stop_after_the_same_step(shared, d
     step = runs.metrics(folder)[-1]["step"]
     assert output.count(f"stopped by SIGTERM after step {step}, which is saved.") == 1
     assert runs.last_checkpoint(folder).name == f"step-{step:06d}"
+
+
+def limit_files(size: int):
+    """For a new process: no file of it may grow beyond that many bytes, as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(shared, dev_folder):
+    train = {"steps": 4, "checkpoint_every": 2}
+    config = write_config(shared, "full", model=dev_folder, train=train)
+    folder = shared / "full" / "runs" / "tiny"
+    runs.launch(config, "train.steps=2")
+    size = (folder / "checkpoints" / "step-000002" / "optimizer.pt").stat().st_size
+    done = subprocess.run(
+        [sys.executable, str(runs.ROOT / "train.py"), "--config", str(config), "--resume"],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_files(size - 1000),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"{folder / 'checkpoints' / 'step-000004'}: can't be written (File too large). Free space "
+        "there or make it writable; a run goes on from its last checkpoint with --resume."
+    )
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    runs.launch(config, "--resume")
+    assert [row["step"] for row in runs.metrics(folder)] == [1, 2, 3, 4]
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(shared, dev_folder):
+    sections = {"train": {"steps": 100_000, "checkpoint_every": 5}}
+    config = write_config(shared, "dying", model=dev_folder, **sections)
+    folder = shared / "dying" / "runs" / "tiny"
+    process = runs.start(config, processes=2)
+    wait_for_steps(folder, process=process, count=8)
+    both = workers(process.pid)
+    os.kill(both[1], signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode not in (0, None)
+    assert not Path(f"/proc/{both[0]}").exists()
+    saved, _ = checkpoint.newest_good(folder / "checkpoints")
+    assert saved is not None
+    step = checkpoint.load(saved).progress.step
+    assert step >= 5
+    output = runs.launch(config, "--resume", f"train.steps={step + 2}", processes=2)
+    assert f"resuming after step {step} " in output
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher has started, and that are there still."""
+    try:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii")
+    except OSError:
+        return []
+    return [int(number) for number in children.split()]
