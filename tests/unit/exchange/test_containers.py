@@ -75,21 +75,49 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == {"a.png": png()}
 
 
-def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's part is played by a generator; only what we ask of it is checked."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[tuple]:
+    """Rows in the hub's place; the list grows by what it is asked for."""
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     asked = []
 
     def load(name: str, subset: str | None, **options: object) -> datasets.IterableDataset:
         asked.append((name, subset, options))
-        rows = [{"image": {"bytes": png(i), "path": f"{i}.png"}, "text": "x"} for i in range(3)]
         return datasets.IterableDataset.from_generator(lambda: iter(rows), features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's part is played by a generator; only what we ask of it is checked."""
+    rows = [{"image": {"bytes": png(i), "path": f"{i}.png"}, "text": "x"} for i in range(3)]
+    asked = stand_in(monkeypatch, rows)
     import_data.run("hf:org/cats@v1", tmp_path / "out", subset="small")
     options = {"split": "train", "revision": "v1", "streaming": True}
     assert asked == [("org/cats", "small", options)]
     assert sorted(contents(tmp_path / "out")) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("file", ["@v1/a.png", "/a.png", "@@/a.png", "/@"])
+def test_a_file_of_the_hub_that_cant_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    path = f"hf://datasets/org/cats{file}"
+    stand_in(monkeypatch, [{"image": {"bytes": None, "path": path}, "text": "x"}])
+    said = fails("hf:org/cats", tmp_path / "out")
+    assert said.startswith(f"{path}: can't be read (")
+    assert said.endswith("`kindling doctor --online` says whether hub and login work")
+
+
+def test_a_fault_of_our_own_is_not_the_datas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its traceback, where a message would send the user to get good data again."""
+    rows = [{"image": {"bytes": png(), "path": "a.png"}, "text": "x"}]
+    path = parquet(tmp_path / "x.parquet", rows, **IMAGE)
+    monkeypatch.setattr(containers, "_sample", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        import_data.run(str(path), tmp_path / "out")
 
 
 def test_no_hub(tmp_path: Path) -> None:
