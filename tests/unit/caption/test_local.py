@@ -109,7 +109,6 @@ def test_decoding_is_greedy_whatever_the_model_says(folders: dict[str, Path]) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["dev", "qwen"])
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_quantised_on_a_gpu(folders: dict[str, Path], kind: str, quantize: str) -> None:
