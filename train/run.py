@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +13,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from train import (
+    assemble,
     checkpoint,
     config_load,
     encode_text,
     export_run,
     loop,
-    lora,
-    randomness,
     sample,
     texts,
 )
@@ -77,7 +77,7 @@ def run(config: Config, *, resume: bool) -> None:
     if accelerator.is_main_process:
         _write_facts(folder, config)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(
+    trainer, transformer, undo = _build(
         config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
     )
     if accelerator.is_main_process:
@@ -91,6 +91,7 @@ def run(config: Config, *, resume: bool) -> None:
         preview_every=config.preview.every,
     )
     trainer.finish()
+    undo.close()
     if accelerator.is_main_process:
         transformer.unload_lora()
         newest, _ = checkpoint.newest_good(folder / "checkpoints")
@@ -257,13 +258,12 @@ def _build(
     accelerator: Accelerator,
     origin: Origin,
     saved: Checkpoint | None,
-) -> tuple[Trainer, Any]:
-    """The trainer, restored if there is something to restore, and its transformer."""
+) -> tuple[Trainer, Any, ExitStack]:
+    """The trainer, restored if there is something to restore, its transformer, and the way back
+    to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     transformer = base.load_transformer(accelerator.device)
-    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.memory.gradient_checkpointing == "all":
-        transformer.enable_gradient_checkpointing()
+    assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,
@@ -296,7 +296,7 @@ def _build(
     )
     if saved:
         trainer.restore(saved)
-    return trainer, transformer
+    return trainer, transformer, assembled.undo
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
