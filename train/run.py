@@ -4,6 +4,11 @@ import json
 import platform
 import signal
 import time
+<<<<<<< HEAD
+=======
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+>>>>>>> bench
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,14 +17,18 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from train import (
+    assemble,
     checkpoint,
     config_load,
     encode_text,
     export_run,
     loop,
+<<<<<<< HEAD
     lora,
     randomness,
     resumption,
+=======
+>>>>>>> bench
     sample,
     texts,
 )
@@ -76,7 +85,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             _write_facts(folder, config)
             resumption.write_pictures(folder, pictures)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(
+    trainer, transformer, undo = _build(
         config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
     )
     if accelerator.is_main_process:
@@ -91,6 +100,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             preview_every=config.preview.every,
         )
     trainer.finish()
+<<<<<<< HEAD
     if done < config.train.steps:
         accelerator.end_training()
         cause = wish.signal or signal.SIGTERM  # another process had it
@@ -99,6 +109,9 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
+=======
+    undo.close()
+>>>>>>> bench
     if accelerator.is_main_process:
         transformer.unload_lora()
         newest, _ = checkpoint.newest_good(folder / "checkpoints")
@@ -195,13 +208,12 @@ def _build(
     accelerator: Accelerator,
     origin: Origin,
     saved: Checkpoint | None,
-) -> tuple[Trainer, Any]:
-    """The trainer, restored if there is something to restore, and its transformer."""
+) -> tuple[Trainer, Any, ExitStack]:
+    """The trainer, restored if there is something to restore, its transformer, and the way back
+    to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     transformer = base.load_transformer(accelerator.device)
-    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.memory.gradient_checkpointing == "all":
-        transformer.enable_gradient_checkpointing()
+    assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,
@@ -234,7 +246,7 @@ def _build(
     )
     if saved:
         trainer.restore(saved)
-    return trainer, transformer
+    return trainer, transformer, assembled.undo
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:

@@ -16,12 +16,13 @@ from accelerate.utils import gather_object
 
 from train import checkpoint, lora, objective, optim, randomness, sample
 from train.base import Base
+from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
 from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
-from train.order import Mixture
+from train.order import Mixture, Showing
 from train.track import Tracker
 
 
@@ -84,9 +85,14 @@ class Trainer:
 
     def batches(self, start: int, steps: int) -> Iterable[list[Portion]]:
         """This process's portions of each step, read one step ahead."""
+
+        def load(showings: Sequence[Showing]) -> Batch:
+            batch = self._loader(showings)
+            return batch.pinned() if self._accelerator.device.type == "cuda" else batch
+
         return portions(
             self._order,
-            self._loader,
+            load,
             steps=range(start, steps),
             accumulate=self._config.train.accumulate,
             rank=self._accelerator.process_index,

@@ -46,12 +46,13 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        "train.optim",
+        *("train.optim", "train.speed"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
     ],
     4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
     5: [
         "train.loop",
+        "train.assemble",
         "train.trainer",
         "train.prepare",
         "train.resumption",
@@ -71,6 +72,7 @@ HIGHEST = {
     "train.base": 1,
     "train.lora": 1,
     "train.optim": 1,
+    "train.speed": 1,
     "train.checkpoint": 2,
     "train.track": 2,
     "train.export": 1,
