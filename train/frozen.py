@@ -46,7 +46,7 @@ def quantize(weight: Tensor, kind: str) -> dict[str, Tensor]:
         return _quantize_nf4(weight)
     limit = FP8_MAX if kind == "fp8" else INT8_MAX
     scale = weight.abs().amax(1).float() / limit
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale.where(scale != 0, 1.0)  # not "> 0": a NaN must stay visible
     scaled = (weight / scale[:, None]).clamp_(-limit, limit)  # fp32, as scale is
     packed = scaled.to(FP8).view(torch.uint8) if kind == "fp8" else scaled.round_().to(torch.int8)
     return {"weight": packed, "scale": scale}
@@ -166,9 +166,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("kindling::frozen_matmul", mutates_args=())
-def matmul(
-    x: Tensor, state: list[Tensor], kind: str, shape: list[int], transposed: bool
-) -> Tensor:
+def matmul(x: Tensor, state: list[Tensor], kind: str, shape: list[int], transposed: bool) -> Tensor:
     """x Q^T, or x Q if transposed, Q the unpacked weight of `shape` without its row scales."""
     weight = _unpack(state, kind, shape, x.dtype)
     return torch.matmul(x, weight) if transposed else functional.linear(x, weight)
@@ -261,6 +259,4 @@ def _unpack_nf4(
     maxima = kernels.dequantize_blockwise(
         absmax, absmax_scale, absmax_code, ABSMAX_BLOCK, torch.float32
     )
-    return kernels.dequantize_4bit(
-        packed, maxima + absmax_offset, BLOCK, "nf4", list(shape), dtype
-    )
+    return kernels.dequantize_4bit(packed, maxima + absmax_offset, BLOCK, "nf4", list(shape), dtype)

@@ -37,6 +37,16 @@ SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"
 """diffusers' norms in a block -> BFL's, whose weights end with .scale, not .weight."""
 
 
+DEFAULTS = {
+    "patch_size": 1,
+    "out_channels": None,
+    "mlp_ratio": 3.0,
+    "timestep_guidance_channels": 256,
+    "guidance_embeds": True,
+}
+"""Of diffusers' class, for a config.json that is older than a setting."""
+
+
 @dataclass(frozen=True)
 class Home:
     """Where one of diffusers' weights is in a BFL file."""
@@ -49,7 +59,8 @@ class Home:
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """All weights of diffusers' transformer. config: its config.json, whole."""
+    """All weights of diffusers' transformer. config: what its config.json says."""
+    config = DEFAULTS | config
     head, shape = config["attention_head_dim"], _shape(config)
     width, time = shape.width, config["timestep_guidance_channels"]
     outputs = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
@@ -73,6 +84,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def bfl_homes(config: dict[str, Any]) -> dict[str, Home]:
     """Where each of those weights is in a BFL file; together they are all of the file."""
+    config = DEFAULTS | config
     shape = _shape(config)
     whole = {place.weight: place.stop for place in diffusers_places(shape).values()}
     homes = {}

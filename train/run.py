@@ -193,8 +193,7 @@ def _find_saved(
 
 def base_digest(base: Base, prepared: Prepared) -> str:
     """Digest of all weights that a run depends on; reads a local transformer once."""
-    digests = FileDigests(prepared.cache.root / DIGESTS)
-    transformer = digests.folder(base.folder("transformer"))
+    transformer = base.transformer_files().digest(FileDigests(prepared.cache.root / DIGESTS))
     return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
 
 
@@ -260,7 +259,8 @@ def _build(
 ) -> tuple[Trainer, Any]:
     """The trainer, restored if there is something to restore, and its transformer."""
     folder = Path(config.output) / config.name
-    transformer = base.load_transformer(accelerator.device)
+    with accelerator.main_process_first():  # it makes the quantised copy, the others read that
+        transformer = base.load_transformer(accelerator.device, cache=prepared.cache.root)
     lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
     if config.memory.gradient_checkpointing == "all":
         transformer.enable_gradient_checkpointing()

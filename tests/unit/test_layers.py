@@ -24,6 +24,8 @@ LAYERS = {
             "train.latents",
             "train.batch",
             "train.cache",
+            "train.stored",
+            "train.hub",
             "train.texts",
             "train.usage",
             "train.randomness",
@@ -46,6 +48,7 @@ LAYERS = {
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
         "train.optim",
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+        *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
     4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
     5: [
@@ -65,7 +68,8 @@ LAYERS = {
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
 HIGHEST = {
-    "train.base": 1,
+    "train.base": 2,
+    "train.frozen": 1,
     "train.lora": 1,
     "train.optim": 1,
     "train.checkpoint": 1,
@@ -107,6 +111,10 @@ SIDEWAYS = {
     "data_tools.inspect.*": {"data_tools.inspect.*"},
     "train.order": {"train.randomness"},
     "train.texts": {"train.cache"},
+    "train.names": {"train.comfyui"},
+    "train.weights": {"train.names"},
+    "train.transformer": {"train.frozen", "train.kept", "train.lora", "train.weights"},
+    "train.base": {"train.transformer", "train.weights"},
     "train.encode": {"train.base"},
     "train.encode_text": {"train.base", "train.encode"},
     "train.checkpoint": {"train.lora"},
