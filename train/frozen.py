@@ -5,7 +5,9 @@ weights are kept so (`transformer`) or where they come from (`weights`).
 
 fp8 and int8: W[o, i] = scale[o] * q[o, i]. Every q is exact in bf16, so y = (x q^T) * scale and
 grad_x = (grad * scale) q need no rounded copy of W, and the cast to bf16 reads and writes 3 bytes a
-weight. nf4: QLoRA's blocks of 64 with doubly quantised maxima, bitsandbytes' own kernels.
+weight. nf4: QLoRA's codes in blocks of 64 by bitsandbytes' kernels; a block's maximum is kept in 8
+bits of its row's largest. QLoRA's own double quantisation takes as much memory, but measures all
+maxima from their mean: rows much smaller than others lose half of their precision.
 
 A product is one opaque operator, for torch.compile too: were the cast visible, the compiler could
 merge forward's with backward's and keep the unpacked weight between them.
@@ -24,7 +26,7 @@ KINDS = ("fp8", "int8", "nf4")
 STATE = {
     "fp8": ("weight", "scale"),
     "int8": ("weight", "scale"),
-    "nf4": ("weight", "absmax", "absmax_scale", "absmax_offset", "absmax_code"),
+    "nf4": ("weight", "absmax", "scale"),
 }
 """Names of what a kind keeps. fp8 is kept as uint8: peft and `.to(dtype)` convert what they take
 for a number."""
@@ -34,8 +36,7 @@ FP8_MAX = 448.0
 INT8_MAX = 127.0
 BLOCK = 64
 """Weights that share a maximum in nf4."""
-ABSMAX_BLOCK = 256
-"""Maxima that share a scale in nf4."""
+ABSMAX_MAX = 255.0
 FP8_ALIGNMENT = 16
 """fp8 products want both sides of a weight in multiples of this."""
 
@@ -64,13 +65,12 @@ def layout(kind: str, out_features: int, in_features: int) -> dict[str, tuple[tu
         packed = torch.uint8 if kind == "fp8" else torch.int8
         weight = ((out_features, in_features), packed)
         return {"weight": weight, "scale": ((out_features,), torch.float32)}
-    blocks = -(-out_features * in_features // BLOCK)
+    count = out_features * in_features
+    rows, blocks = _maxima(count, in_features)
     return {
-        "weight": ((-(-out_features * in_features // 2), 1), torch.uint8),
-        "absmax": ((blocks,), torch.uint8),
-        "absmax_scale": ((-(-blocks // ABSMAX_BLOCK),), torch.float32),
-        "absmax_offset": ((), torch.float32),
-        "absmax_code": ((256,), torch.float32),
+        "weight": ((-(-count // 2), 1), torch.uint8),
+        "absmax": ((rows, blocks), torch.uint8),
+        "scale": ((rows,), torch.float32),
     }
 
 
@@ -119,7 +119,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, shape: tuple[int, int], *state: Tensor) -> Tensor:
-        assert state[1].dtype == (torch.uint8 if kind == "nf4" else torch.float32), "cast by .to()"
+        assert state[-1].dtype == torch.float32, "scales were cast by .to()"
         ctx.save_for_backward(*state)
         ctx.kind, ctx.shape = kind, shape
         y = matmul(x, state, kind, shape, False)
@@ -229,34 +229,33 @@ def _unpack(state: Any, kind: str, shape: Any, dtype: torch.dtype) -> Tensor:
 def _quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+    codes, found = quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
     )
-    assert state.nested
-    assert state.state2.blocksize == ABSMAX_BLOCK
-    return {
-        "weight": packed,
-        "absmax": state.absmax,
-        "absmax_scale": state.state2.absmax,
-        "absmax_offset": state.offset,
-        "absmax_code": state.state2.code,
-    }
+    rows, blocks = _maxima(weight.numel(), weight.shape[1])
+    maxima = functional.pad(found.absmax, (0, rows * blocks - found.absmax.numel()))
+    maxima = maxima.view(rows, blocks)
+    scale = maxima.amax(1) / ABSMAX_MAX
+    scale = scale.where(scale != 0, 1.0)
+    absmax = (maxima / scale[:, None]).round_().to(torch.uint8)
+    return {"weight": codes, "absmax": absmax, "scale": scale}
 
 
 def _unpack_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor,
-    absmax_offset: Tensor,
-    absmax_code: Tensor,
-    *,
-    shape: Any,
-    dtype: torch.dtype,
+    codes: Tensor, absmax: Tensor, scale: Tensor, *, shape: Any, dtype: torch.dtype
 ) -> Tensor:
     import bitsandbytes  # noqa: F401  its operators
 
-    kernels = torch.ops.bitsandbytes
-    maxima = kernels.dequantize_blockwise(
-        absmax, absmax_scale, absmax_code, ABSMAX_BLOCK, torch.float32
-    )
-    return kernels.dequantize_4bit(packed, maxima + absmax_offset, BLOCK, "nf4", list(shape), dtype)
+    blocks = -(-shape[0] * shape[1] // BLOCK)
+    maxima = (absmax * scale[:, None]).view(-1)[:blocks]
+    dequantize_4bit = torch.ops.bitsandbytes.dequantize_4bit
+    return dequantize_4bit(codes, maxima, BLOCK, "nf4", list(shape), dtype)
+
+
+def _maxima(count: int, columns: int) -> tuple[int, int]:
+    """How the maxima of `count` weights lie: as many in a row as a row of weights has blocks.
+
+    Exact for widths that are multiples of 64, as FLUX.2's are; else a little over the end.
+    """
+    blocks = max(1, columns // BLOCK)
+    return -(-count // (BLOCK * blocks)), blocks
