@@ -4,11 +4,7 @@ import json
 import platform
 import signal
 import time
-<<<<<<< HEAD
-=======
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
->>>>>>> bench
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +19,7 @@ from train import (
     encode_text,
     export_run,
     loop,
-<<<<<<< HEAD
-    lora,
-    randomness,
     resumption,
-=======
->>>>>>> bench
     sample,
     texts,
 )
@@ -100,7 +91,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             preview_every=config.preview.every,
         )
     trainer.finish()
-<<<<<<< HEAD
+    undo.close()
     if done < config.train.steps:
         accelerator.end_training()
         cause = wish.signal or signal.SIGTERM  # another process had it
@@ -109,9 +100,6 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-=======
-    undo.close()
->>>>>>> bench
     if accelerator.is_main_process:
         transformer.unload_lora()
         newest, _ = checkpoint.newest_good(folder / "checkpoints")
@@ -182,8 +170,7 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
 
 def base_digest(base: Base, prepared: Prepared) -> str:
     """Digest of all weights that a run depends on; reads a local transformer once."""
-    digests = FileDigests(prepared.cache.root / DIGESTS)
-    transformer = digests.folder(base.folder("transformer"))
+    transformer = base.transformer_files().digest(FileDigests(prepared.cache.root / DIGESTS))
     return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
 
 
@@ -212,7 +199,8 @@ def _build(
     """The trainer, restored if there is something to restore, its transformer, and the way back
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
-    transformer = base.load_transformer(accelerator.device)
+    with accelerator.main_process_first():  # it makes the quantised copy, the others read that
+        transformer = base.load_transformer(accelerator.device, cache=prepared.cache.root)
     assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
     settings = config.model_dump(mode="json")
     tracker = Tracker(

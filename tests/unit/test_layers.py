@@ -25,6 +25,8 @@ LAYERS = {
             "train.batch",
             "train.files",
             "train.cache",
+            "train.stored",
+            "train.hub",
             "train.texts",
             "train.usage",
             "train.randomness",
@@ -48,6 +50,7 @@ LAYERS = {
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
         *("train.optim", "train.speed"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+        *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
     4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
     5: [
@@ -69,7 +72,8 @@ LAYERS = {
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
 
 HIGHEST = {
-    "train.base": 1,
+    "train.base": 2,
+    "train.frozen": 1,
     "train.lora": 1,
     "train.optim": 1,
     "train.speed": 1,
@@ -113,6 +117,10 @@ SIDEWAYS = {
     "train.order": {"train.randomness"},
     "train.cache": {"train.files"},
     "train.texts": {"train.cache"},
+    "train.names": {"train.comfyui"},
+    "train.weights": {"train.names"},
+    "train.transformer": {"train.frozen", "train.kept", "train.lora", "train.weights"},
+    "train.base": {"train.transformer", "train.weights"},
     "train.encode": {"train.base"},
     "train.encode_text": {"train.base", "train.encode"},
     "train.checkpoint": {"train.lora"},
