@@ -29,6 +29,7 @@ LAYERS = {
             "train.randomness",
             "train.order",
             "train.board",
+            "train.transfer",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
@@ -44,7 +45,7 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        "train.optim",
+        *("train.optim", "train.offload", "train.recompute"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
     ],
     4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
