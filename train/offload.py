@@ -215,10 +215,10 @@ def attach(
     """Stream all but `resident` blocks from now on, and move the rest of the model to `device`.
 
     After adapters are attached: trainable weights stay on the device. The model may lie anywhere;
-    RAM grows by a block at a time at most. From here on the model's `state_dict` holds the streamed
-    weights in RAM, DDP leaves them alone, and loading into them, merging or casting the model isn't
-    possible. Raises ConfigError for more blocks than there are and MachineError without enough
-    RAM that can be page-locked.
+    RAM grows by a block at a time. From here on its `state_dict` finds the streamed weights in RAM,
+    DDP leaves the frozen ones alone, and loading into them, merging or casting isn't possible.
+    Raises ConfigError for more blocks than there are and MachineError without enough RAM that can
+    be page-locked.
     """
     blocks = _blocks(transformer)
     names = streamed(*_counts(transformer), resident=resident)
@@ -233,7 +233,7 @@ def attach(
         rings.append(Ring(group, device=device, slots=slots, lane=lane))
         for number, block in enumerate(group):
             _watch(block, ring=rings[-1], number=number)
-    _keep_from_ddp(transformer, names)
+    keep_from_ddp(transformer)
     transformer.to(device)
     on_device = staying + sum(len(ring.slots) * ring.layout.size for ring in rings)
     host = sum(len(ring.host) * ring.layout.size for ring in rings)
@@ -275,12 +275,12 @@ def _watch(block: nn.Module, *, ring: Ring, number: int) -> None:
     block.register_state_dict_post_hook(correct)
 
 
-def _keep_from_ddp(transformer: nn.Module, blocks: Sequence[str]) -> None:
-    """It would send rank 0's slots to the others, which may hold other blocks just then."""
-    names = []
-    for name in blocks:
-        block = transformer.get_submodule(name)
-        frozen = [n for n, p in block.named_parameters() if not p.requires_grad]
-        frozen += [n for n, _ in block.named_buffers()]
-        names += [f"{name}.{part}" for part in frozen]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
+def keep_from_ddp(model: nn.Module) -> None:
+    """Let DDP see the trainable weights only: every process has read the frozen ones itself.
+
+    It would send all of them at its start, and rank 0's buffers before each forward: whatever its
+    slots hold just then. Some types it can't send at all.
+    """
+    names = [name for name, p in model.named_parameters() if not p.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -6,7 +6,7 @@ Owns streams, events and pinned memory. What is copied and when is `offload`'s (
 
 import weakref
 from mmap import PAGESIZE
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from train.errors import MachineError
 class Lane(Protocol):
     """Copies one after the other, beside the computing."""
 
-    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+    def copy(self, target: Tensor, source: Tensor) -> Any:
         """Copy once all computing enqueued so far is done; `target` is garbage until `wait`.
 
-        The host's side of the copy must be pinned, or the host waits for it.
+        Returns what `wait` takes. RAM must be page-locked, or the host waits for the copy.
         """
         ...
 
-    def wait(self, arrived: torch.cuda.Event | None) -> None:
+    def wait(self, arrived: Any) -> None:
         """Make what is enqueued from now on wait for a copy, never the host."""
         ...
 
@@ -35,8 +35,8 @@ class DirectLane:
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def wait(self, arrived: torch.cuda.Event | None) -> None:
-        assert arrived is None
+    def wait(self, arrived: None) -> None:
+        pass
 
 
 class CudaLane:
@@ -71,8 +71,7 @@ class CudaLane:
                 tensor.record_stream(self._copies)
         return arrived
 
-    def wait(self, arrived: torch.cuda.Event | None) -> None:
-        assert arrived is not None
+    def wait(self, arrived: torch.cuda.Event) -> None:
         self._current().wait_event(arrived)
 
     def _current(self) -> torch.cuda.Stream:
