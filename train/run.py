@@ -18,7 +18,9 @@ from train import (
     export_run,
     loop,
     lora,
+    offload,
     randomness,
+    recompute,
     sample,
     texts,
 )
@@ -260,10 +262,7 @@ def _build(
 ) -> tuple[Trainer, Any]:
     """The trainer, restored if there is something to restore, and its transformer."""
     folder = Path(config.output) / config.name
-    transformer = base.load_transformer(accelerator.device)
-    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.memory.gradient_checkpointing == "all":
-        transformer.enable_gradient_checkpointing()
+    transformer = _transformer(config, base, device=accelerator.device)
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,
@@ -297,6 +296,27 @@ def _build(
     if saved:
         trainer.restore(saved)
     return trainer, transformer
+
+
+def _transformer(config: Config, base: Base, *, device: torch.device) -> Any:
+    """With a fresh adapter, and its weights and activations where `memory` says."""
+    memory = config.memory
+    setting, resident = memory.gradient_checkpointing, memory.resident_blocks
+    if setting == "auto" or resident == "auto":
+        name = "gradient_checkpointing" if setting == "auto" else "resident_blocks"
+        raise ConfigError(f"memory.{name}: auto isn't decided yet; write a number or all")
+    transformer = base.load_transformer(device if resident == "all" else torch.device("cpu"))
+    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
+    if resident == "all":
+        offload.keep_from_ddp(transformer)
+    else:
+        offload.attach(transformer, resident=resident, device=device)
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    if numbers := recompute.chosen(blocks, setting):
+        recompute.enable(
+            transformer, numbers, offload_activations=memory.offload_activations, device=device
+        )
+    return transformer
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:

@@ -92,6 +92,7 @@ def test_nothing_is_locked_for_the_cpu(runtime: Runtime):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_locked_memory_is_pinned_on_a_gpu():
     memory = transfer.HostMemory(3 * PAGESIZE, device=CUDA)
     assert memory.bytes.is_pinned()
