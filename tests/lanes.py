@@ -76,7 +76,8 @@ def model(
     *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, int8: bool = False
 ) -> Flux2Transformer2DModel:
     """With an adapter that has an effect, in training mode."""
-    transformer = tiny.transformer(guidance=False, double=DOUBLE, single=SINGLE).to(dtype)
+    transformer = tiny.transformer(guidance=False, double=DOUBLE, single=SINGLE)
+    nn.Module.to(transformer, dtype)
     for name in lora.block_linears(transformer) if int8 else []:
         parent, _, child = name.rpartition(".")
         linear = transformer.get_submodule(name)
@@ -127,7 +128,7 @@ def course(
             value = compute(transformer, seed=10 * step + number, device=device)
             value.backward()
             seen.append(value.detach())
-        seen += [p.grad.clone() for p in parameters if p.grad is not None]
+        seen += gradients(transformer)
         optimizer.step()
         transformer.eval()
         with torch.no_grad():
@@ -136,6 +137,13 @@ def course(
     assert len(seen) == steps * (accumulate + 2 + len(parameters))
     assert all(bool(tensor.isfinite().all()) for tensor in seen)
     return [tensor.cpu() for tensor in seen]
+
+
+def gradients(transformer: nn.Module) -> list[Tensor]:
+    """Copies of the adapter's, all of which must be there."""
+    found = [parameter.grad for parameter in lora.trainable(transformer)]
+    assert all(gradient is not None for gradient in found)
+    return [gradient.clone() for gradient in found if gradient is not None]
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

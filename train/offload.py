@@ -135,18 +135,15 @@ class Ring:
         self._holds: list[int | None] = [None] * count
         self._arrived: list[Any] = [None] * count
         self._tensors = [_frozen(block) for block in blocks]
+        self._versions = [[tensor._version for tensor in tensors] for tensors in self._tensors]
+        self._places = [self.layout.views(self.slots[j % count]) for j in range(len(blocks))]
         self.host: list[HostMemory] = []
         for number, tensors in enumerate(self._tensors):
             memory = HostMemory(size, device=device)
-            slot = self.slots[number % count]
-            places = zip(
-                tensors, self.layout.views(memory.bytes), self.layout.views(slot), strict=True
-            )
-            for tensor, here, there in places:
-                here.copy_(tensor.detach())
-                tensor.data = there
+            for tensor, there in zip(tensors, self.layout.views(memory.bytes), strict=True):
+                there.copy_(tensor.detach())
+            self._settle(number)
             self.host.append(memory)
-        self._places = [self._place(number) for number in range(len(blocks))]
         self._last, self._step = 0, 1
 
     def enter(self, number: int) -> None:
@@ -169,8 +166,7 @@ class Ring:
 
     def _use(self, number: int, *, step: int, around: bool) -> None:
         """Enqueue the copies of a block and of those after it, and the wait for the block's."""
-        moved = "a streamed block's weights were moved or written to; they must stay as attached"
-        assert self._place(number) == self._places[number], moved
+        self._settle(number)
         self._last, self._step = number, step
         count, slots = len(self.host), len(self.slots)
         self._fetch(number)
@@ -191,9 +187,16 @@ class Ring:
             self._arrived[slot] = self._lane.copy(self.slots[slot], self.host[number].bytes)
             self._holds[slot] = number
 
-    def _place(self, number: int) -> list[tuple[int, int]]:
-        """Address and version of each of a block's tensors."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors[number]]
+    def _settle(self, number: int) -> None:
+        """Put a block's tensors into its slot, also again if the whole model was moved since."""
+        tensors = zip(
+            self._tensors[number], self._places[number], self._versions[number], strict=True
+        )
+        for tensor, place, version in tensors:
+            assert tensor._version == version, "a streamed weight was written to, and that is lost"
+            if tensor.data_ptr() != place.data_ptr():
+                assert tensor.dtype == place.dtype, "a streamed weight was cast"
+                tensor.data = place
 
 
 @dataclass(frozen=True)

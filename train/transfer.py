@@ -65,7 +65,8 @@ class CudaLane:
         self._copies.wait_stream(self._current())
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-            arrived = self._copies.record_event()
+            arrived = torch.cuda.Event()
+            arrived.record(self._copies)
         for tensor in (target, source):
             if tensor.is_cuda:
                 tensor.record_stream(self._copies)
@@ -105,7 +106,7 @@ class HostMemory:
 
 
 def _lock(memory: Tensor) -> None:
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     code = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(code) != 0:
         raise MachineError(
@@ -117,4 +118,5 @@ def _lock(memory: Tensor) -> None:
 
 def _unlock(memory: Tensor, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a copy may still read it
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(memory.data_ptr())
