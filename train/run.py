@@ -23,6 +23,7 @@ from train import (
     sample,
     texts,
 )
+from train.assemble import Memory
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -199,9 +200,15 @@ def _build(
     """The trainer, restored if there is something to restore, its transformer, and the way back
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
+    device, shape = accelerator.device, base.transformer_files().settings
+    memory = Memory.of(config.memory, double=shape["num_layers"], single=shape["num_single_layers"])
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
-        transformer = base.load_transformer(accelerator.device, cache=prepared.cache.root)
-    assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
+        transformer = base.load_transformer(
+            device, place=memory.place(device), cache=prepared.cache.root
+        )
+    assembled = assemble.assemble(
+        transformer, config, memory=memory, device=device, dtype=base.dtype
+    )
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,

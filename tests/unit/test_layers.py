@@ -33,6 +33,7 @@ LAYERS = {
             "train.order",
             "train.board",
             "train.interrupt",
+            "train.transfer",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
@@ -48,7 +49,7 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        *("train.optim", "train.speed"),
+        *("train.optim", "train.speed", "train.offload", "train.recompute", "train.shard"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
