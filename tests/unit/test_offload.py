@@ -1,5 +1,7 @@
 """Streamed blocks compute what they did, however late their weights come."""
 
+import gc
+import weakref
 from functools import cache
 from itertools import pairwise
 
@@ -248,7 +250,7 @@ def test_weights_that_were_cast_or_written_to_stop_the_run():
 def test_a_model_that_is_moved_goes_on():
     """As accelerate does in each process; to cpu:0, torch copies even what is on the cpu."""
     model, done = streaming("fp32", resident=0, lane=LateLane())
-    weight = model.get_submodule(done.blocks[-1]).attn.norm_q.weight
+    weight = model.get_parameter(f"{done.blocks[-1]}.attn.norm_q.weight")
     place = weight.data_ptr()
     nn.Module.to(model, torch.device("cpu", 0))
     assert weight.data_ptr() != place
@@ -329,7 +331,7 @@ def test_a_footprint_by_hand():
     assert offload.footprint([8, 8], [4] * 6, resident=0, slots=2) == offload.Footprint(24, 40)
 
 
-def test_packing_frees_each_block_before_the_next():
+def test_packing_frees_each_block_before_the_next(monkeypatch):
     """RAM must not hold the model twice."""
     model = lanes.model()
     alive = []
@@ -341,13 +343,28 @@ def test_packing_frees_each_block_before_the_next():
         alive.append(sum(p.data_ptr() == before[n] for n, p in frozen.items()))
         memory(self, size, device=device)
 
-    transfer.HostMemory.__init__ = counted
-    try:
-        offload.attach(model, resident=0, device=CPU)
-    finally:
-        transfer.HostMemory.__init__ = memory
+    monkeypatch.setattr(transfer.HostMemory, "__init__", counted)
+    offload.attach(model, resident=0, device=CPU)
     assert len(alive) == BLOCKS
     assert all(later < earlier for earlier, later in pairwise(alive))
+
+
+def test_ram_is_given_back_with_the_model(monkeypatch):
+    made = []
+    memory = transfer.HostMemory.__init__
+
+    def noted(self, size, *, device):
+        memory(self, size, device=device)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(transfer.HostMemory, "__init__", noted)
+    model, _ = streaming("fp32", resident=1, recomputed=3)
+    lanes.loss(model, seed=1).backward()
+    assert len(made) == BLOCKS - 1
+    assert all(reference() for reference in made)
+    del model
+    gc.collect()
+    assert not any(reference() for reference in made)
 
 
 @pytest.mark.gpu
