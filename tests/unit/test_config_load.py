@@ -16,9 +16,7 @@ from train.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {path: p}\ntrain: {steps: 9}\n"
-SECTIONS = (
-    "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, track, export"
-)
+SECTIONS = "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, validation, track, export"
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
-    1: ["train.schema", "train.config", "train.config_load", "train.shapes"],
+    1: [
+        *("train.schema", "train.config", "train.config_watch", "train.config_load"),
+        "train.shapes",
+    ],
     2: [
         *(
             "train.flow",
@@ -29,12 +32,13 @@ LAYERS = {
             "train.randomness",
             "train.order",
             "train.board",
+            "train.verdict",
             "train.interrupt",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
         *("data_tools.sources", "data_tools.masks", "data_tools.records", "data_tools.workers"),
-        "data_tools.examine",
+        *("data_tools.examine", "data_tools.holdout"),
         *("data_tools.caption", "data_tools.curate", "data_tools.exchange", "data_tools.inspect"),
         *("data_tools.caption.answers", "data_tools.caption.files", "data_tools.caption.journal"),
         *("data_tools.caption.instructions", "data_tools.caption.captioners"),
@@ -46,11 +50,16 @@ LAYERS = {
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
         "train.optim",
-        *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+        *("train.checkpoint", "train.track", "train.trackers", "train.export", "train.comfyui"),
     ],
-    4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
+    4: [
+        *("train.objective", "train.sample", "train.certify", "train.split"),
+        "train.validate",
+        "data_tools.caption.captioners.*",
+    ],
     5: [
         "train.loop",
+        "train.watch",
         "train.trainer",
         "train.prepare",
         "data_tools.caption.job",
@@ -70,7 +79,10 @@ HIGHEST = {
     "train.lora": 1,
     "train.optim": 1,
     "train.checkpoint": 1,
-    "train.track": 1,
+    "train.track": 2,
+    "train.trackers": 1,
+    "train.split": 2,
+    "train.watch": 4,
     "train.export": 1,
     "train.objective": 2,
     "train.loop": 0,
@@ -86,7 +98,8 @@ HIGHEST = {
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
 SIDEWAYS = {
-    "train.config": {"train.schema"},
+    "train.config": {"train.schema", "train.config_watch"},
+    "train.config_watch": {"train.schema"},
     "train.config_load": {"train.schema", "train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
@@ -106,7 +119,11 @@ SIDEWAYS = {
     "data_tools.exchange.containers": {"data_tools.*"},
     "data_tools.exchange.tars": {"data_tools.*"},
     "data_tools.inspect.*": {"data_tools.inspect.*"},
+    "data_tools.holdout": {"data_tools.*"},
     "train.order": {"train.randomness"},
+    "train.track": {"train.trackers"},
+    "train.validate": {"train.objective"},
+    "train.trainer": {"train.watch"},
     "train.texts": {"train.cache"},
     "train.encode": {"train.base"},
     "train.encode_text": {"train.base", "train.encode"},
