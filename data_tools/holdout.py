@@ -77,17 +77,23 @@ def count(size: int, *, fraction: float, most: int) -> int:
     return wanted if wanted * LARGEST_PART <= size else 0
 
 
-def choose(digests: Sequence[str], looks: Sequence[Look], *, own: int, wanted: int) -> list[int]:
-    """Places of up to `wanted` pictures to hold out, of the first `own`, in their order.
+def choose(
+    digests: Sequence[str], looks: Sequence[Look], *, own: int, wanted: int
+) -> list[list[int]]:
+    """Places, of the first `own`, to hold out: up to `wanted` groups of near-duplicates or one.
 
-    Groups of near-duplicates are taken in the order of a hash of their content, if they still fit;
-    one that reaches beyond the first `own` pictures, into sets that are trained, never is.
+    Groups are taken in the order of a hash of their content, the first of each by that hash first;
+    not those that would hold out too large a part, and not those that reach beyond the first `own`
+    pictures, into sets that are trained.
     """
-    chosen: list[int] = []
-    for group in sorted(_groups(looks), key=lambda group: min(rank(digests[i]) for i in group)):
-        if len(chosen) + len(group) <= wanted and max(group) < own:
-            chosen += group
-    return sorted(chosen)
+    chosen: list[list[int]] = []
+    groups = [sorted(group, key=lambda i: rank(digests[i])) for group in _groups(looks)]
+    for group in sorted(groups, key=lambda group: rank(digests[group[0]])):
+        to_come = wanted - len(chosen) - 1
+        held = sum(map(len, chosen)) + len(group) + to_come  # room for the others, at one each
+        if to_come >= 0 and max(group) < own and held * LARGEST_PART <= own:
+            chosen.append(group)
+    return chosen
 
 
 def twins(looks: Sequence[Look], *, own: int) -> list[int]:

@@ -31,7 +31,7 @@ from train.data import Loader
 from train.errors import ConfigError, Stopped, bullet_list
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
-from train.track import Tracker
+from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
 from train.validate import Validator
 from train.watch import Watch
@@ -320,7 +320,9 @@ def _build(
         accelerator=accelerator,
     )
     if not start:
-        tracker.sigmas(loader.first_sigmas(order, count=SHOWN_SIGMAS))
+        sigmas = loader.first_sigmas(order, count=SHOWN_SIGMAS)
+        tracker.sigmas(sigmas)
+        accelerator.print(f"sigma {spread(sigmas)}")
     trainer = Trainer(
         config,
         accelerator=accelerator,

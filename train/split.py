@@ -82,11 +82,12 @@ def split(
         wanted = holdout.count(len(main), fraction=choice.fraction, most=choice.max_pictures)
         rows = [*main, *(row for others in whole[1:] for row in others)] if wanted else []
         digests = [row.sha256 for row in rows]
-        places = holdout.choose(digests, look(rows), own=len(main), wanted=wanted)
-        if len(places) >= FEWEST:
-            kept = [row for place, row in enumerate(main) if place not in set(places)]
-            origin = f"{len(places)} of the {len(main)} pictures in {data.path}"
-            checked = [main[place] for place in places]
+        groups = holdout.choose(digests, look(rows), own=len(main), wanted=wanted)
+        if len(groups) >= FEWEST:
+            held = {place for group in groups for place in group}
+            kept = [row for place, row in enumerate(main) if place not in held]
+            checked = [main[group[0]] for group in groups]  # a twin would count one look twice
+            origin = f"{len(held)} of the {len(main)} pictures in {data.path}"
             return Split([kept, *whole[1:]], checked, True, data, origin)
         _needs_none(config, len(main))
     checked = _some(main, most=choice.max_pictures)

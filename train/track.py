@@ -60,12 +60,7 @@ class Tracker:
         usage.reset()
 
     def sigmas(self, values: Sequence[float]) -> None:
-        """Say how the noise levels of the first pictures are spread."""
-        if not self._main or not values:
-            return
-        ordered = sorted(values)
-        middle = ordered[len(ordered) // 2]
-        self.say(f"sigma 0 |{bars(values)}| 1, half of them below {middle:.2f}")
+        """Record how the noise levels of the first pictures are spread."""
         for sink in self._sinks:
             sink.histogram(SIGMAS, values)
 
@@ -121,11 +116,12 @@ class Tracker:
             sink.close()
 
 
-def bars(values: Sequence[float], *, bins: int = 20) -> str:
+def spread(values: Sequence[float], *, bins: int = 20) -> str:
     """Values in [0, 1] as a row of bars, the highest of them full; an empty bin is a space."""
     counts = Counter(min(int(value * bins), bins - 1) for value in values)
     top = max(counts.values())
-    return "".join(BARS[-(-counts[bin] * (len(BARS) - 1) // top)] for bin in range(bins))
+    bars = "".join(BARS[-(-counts[bin] * (len(BARS) - 1) // top)] for bin in range(bins))
+    return f"0 |{bars}| 1, half of them below {sorted(values)[len(values) // 2]:.2f}"
 
 
 def _keep_steps(path: Path, *, upto: int) -> None:

@@ -144,7 +144,9 @@ class WandbSink:
                 mode=mode,
                 config=settings,
                 settings=wandb.Settings(
-                    init_timeout=SERVER_PATIENCE, finish_timeout=UPLOAD_PATIENCE
+                    init_timeout=SERVER_PATIENCE,
+                    # with any patience set, an offline run ends before its file is written
+                    finish_timeout=UPLOAD_PATIENCE if mode == "online" else 0,
                 ),
             )
 
@@ -156,6 +158,7 @@ class WandbSink:
                 f"track.wandb: the server can't be reached ({error}). The run is recorded offline "
                 f"in {folder / 'wandb'}; `wandb sync` sends it later."
             )
+            wandb.teardown()  # its service still holds the run
             self._run = begin("offline")
         except wandb.Error as error:
             raise MachineError(

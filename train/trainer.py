@@ -133,11 +133,7 @@ class Trainer:
     def save(self, done: int) -> None:
         """Write a checkpoint, if the weights are numbers."""
         self._settle()
-        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
-            raise TrainingError(
-                f"step {done}: the adapter's weights aren't numbers any more; stopped, the last "
-                "checkpoint is from before. Lower optim.lr, then continue with --resume."
-            )
+        self._check_weights(done)
         checks, best = self._watch.saved(done) if self._watch else (None, None)
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
@@ -178,6 +174,7 @@ class Trainer:
         """Measure the loss on fixed pictures; every process has its part in it."""
         self._settle()
         if self._watch:
+            self._check_weights(done)
             self._watch.check(done, Model(self._bare, self._base.dtype, self._guidance))
         self._clock = time.monotonic()
 
@@ -194,6 +191,14 @@ class Trainer:
     @property
     def _world(self) -> int:
         return self._accelerator.num_processes
+
+    def _check_weights(self, done: int) -> None:
+        """Raises TrainingError if they aren't numbers."""
+        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
+            raise TrainingError(
+                f"step {done}: the adapter's weights aren't numbers any more; stopped, the last "
+                "checkpoint is from before. Lower optim.lr, then continue with --resume."
+            )
 
     def _epoch(self, done: int) -> float:
         """Passes over the first data set."""
