@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-CRITICAL = dict(
+CRITICAL: dict[int, float] = dict(
     zip(
         (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30),
         (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.753, 1.725, 1.697),

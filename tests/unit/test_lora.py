@@ -222,7 +222,7 @@ def test_norms_of_gradients_add_up_to_the_whole():
 def test_disabled_is_the_base_and_ends():
     transformer, config = attached()
     lora.write(transformer, randomized(lora.read(transformer, config)))
-    module = transformer.transformer_blocks[0].attn.to_q
+    module: Any = transformer.get_submodule("transformer_blocks.0.attn.to_q")
     inputs = torch.randn(3, module.in_features)
     adapted = module(inputs)
     with lora.disabled(transformer):

@@ -105,7 +105,7 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     rows = []
     for data in wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         items = record.history.item
         if items:
@@ -136,13 +136,13 @@ def test_without_a_server_wandb_goes_on_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "SERVER_PATIENCE", 3)
     said: list[str] = []
     tell(start(tmp_path, wandb="online", said=said))
+    wandb.teardown()  # as at the end of a process: files are whole then
     assert len(said) == 1
     assert said[0].startswith("track.wandb: the server can't be reached (")
     assert said[0].endswith(
         f"The run is recorded offline in {tmp_path / 'wandb'}; `wandb sync` sends it later."
     )
     assert [row["loss"] for row in wandb_history(tmp_path) if "loss" in row] == [0.5, 0.25]
-    wandb.teardown()
 
 
 class FakeTrackio(SimpleNamespace):
