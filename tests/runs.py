@@ -38,7 +38,7 @@ def make_pictures(folder: Path, *, sizes: Sequence[tuple[int, int]] = (SQUARE,) 
 
 
 def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> dict[str, Any]:
-    """A config's contents: 4 fast fp32 steps in `folder`; `sections` change single settings."""
+    """A config's contents: 4 fast fp32 steps in `folder` without checks; `sections` change some."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "output": str(folder / "runs"),
@@ -50,6 +50,7 @@ def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> d
         "optim": {"lr": 1e-3},
         "train": {"steps": 4, "batch_size": 2, "log_every": 1},
         "memory": {"gradient_checkpointing": "none"},
+        "validation": {"pictures": "off"},
         "export": {"dtype": "fp32"},
     }
     for name, section in sections.items():

@@ -14,7 +14,6 @@ from accelerate import Accelerator, DistributedType
 
 from train import (
     assemble,
-    checkpoint,
     config_load,
     encode_text,
     export_run,
@@ -33,12 +32,17 @@ from train.errors import ConfigError, Stopped, bullet_list
 from train.files import writing
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
-from train.track import Tracker
+from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
+from train.validate import Validator
+from train.watch import Watch
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+
+SHOWN_SIGMAS = 1000
+"""Noise levels in the histogram at the start."""
 
 TIMINGS = "timings.json"
 """When each phase of the newest start was over, in Unix seconds; `begin` is when imports were."""
@@ -90,6 +94,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             steps=config.train.steps,
             checkpoint_every=config.train.checkpoint_every,
             preview_every=config.preview.every,
+            validate_every=_validate_every(config),
         )
     trainer.finish()
     undo.close()
@@ -103,11 +108,9 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
     if accelerator.is_main_process:
         transformer.unload_lora()
-        newest, _ = checkpoint.newest_good(folder / "checkpoints")
-        assert newest is not None
-        final = checkpoint.load(newest)
+        chosen = export_run.choose(folder, config.export)
         path = folder / f"{config.name}.safetensors"
-        certificate = export_run.publish(config, base, transformer, final, path=path)
+        certificate = export_run.publish(config, base, transformer, chosen, path=path)
         say(export_run.summary(certificate, path))
     accelerator.end_training()
 
@@ -138,13 +141,18 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
     lines = [f"base: {base.name} ({base.family.name}, {config.base.dtype})"]
     for one, times in zip(prepared.sets, passes, strict=True):
         lines += _describe_set(one, passes=times)
+    if prepared.trial is not None:
+        lines += prepared.trial.describe(config.validation, every=_validate_every(config))
     lines += [
         f"steps: {train.steps} of {effective} pictures ({train.batch_size} a batch, "
         f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''})",
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
         encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
-    sources = {r.caption: r.caption_source for one in prepared.sets for r in one.collection.records}
+    sources = dict(prepared.trial.sources) if prepared.trial else {}
+    sources |= {
+        r.caption: r.caption_source for one in prepared.sets for r in one.collection.records
+    }
     cut = [
         f"{sources.get(text, 'preview prompt')}: {tokens} tokens, the limit is {limit}"
         for text, (tokens, limit) in prepared.truncated.items()
@@ -158,8 +166,9 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
     """What is trained of a data set, and what was odd about it."""
     collection = one.collection
     sizes = ", ".join(f"{b.geometry} × {b.pictures}" for b in one.plan.buckets)
-    count = len(collection.records)
-    lines = [f"data: {count} pictures in {one.data.path}, {passes:.1f} passes; buckets {sizes}"]
+    lines = [
+        f"data: {one.pictures} pictures in {one.data.path}, {passes:.1f} passes; buckets {sizes}"
+    ]
     skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
     if skipped:
         lines.append(bullet_list(f"skipped {len(skipped)} pictures:", skipped))
@@ -167,6 +176,10 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
         notes = [f"{note.path}: {note.text}" for note in collection.notes]
         lines.append(bullet_list("notes:", notes))
     return lines
+
+
+def _validate_every(config: Config) -> int:
+    return config.validation.every or config.train.checkpoint_every
 
 
 def base_digest(base: Base, prepared: Prepared) -> str:
@@ -210,34 +223,50 @@ def _build(
         transformer, config, memory=memory, device=device, dtype=base.dtype
     )
     settings = config.model_dump(mode="json")
+    start = saved.progress.step if saved else 0
     tracker = Tracker(
         folder,
         name=config.name,
         track=config.track,
         settings=settings,
-        start=saved.progress.step if saved else 0,
+        start=start,
         steps=config.train.steps,
         every=config.train.log_every,
         main=accelerator.is_main_process,
     )
     cache, keys = prepared.cache, prepared.keys
+    order = _order(config, prepared)
+    loader = Loader(
+        prepared.examples,
+        empty_text=keys.prompt(""),
+        cache=cache,
+        flow=config.flow,
+        seed=config.seed,
+    )
+    validator = prepared.trial and Validator(
+        prepared.trial,
+        cache=cache,
+        flow=config.flow,
+        levels=config.validation.sigmas,
+        batch_size=config.train.batch_size,
+        accelerator=accelerator,
+    )
+    if not start:
+        sigmas = loader.first_sigmas(order, count=SHOWN_SIGMAS)
+        tracker.sigmas(sigmas)
+        accelerator.print(f"sigma {spread(sigmas)}")
     trainer = Trainer(
         config,
         accelerator=accelerator,
         base=base,
         transformer=transformer,
-        order=_order(config, prepared),
-        loader=Loader(
-            prepared.examples,
-            empty_text=keys.prompt(""),
-            cache=cache,
-            flow=config.flow,
-            seed=config.seed,
-        ),
+        order=order,
+        loader=loader,
         previews=_previews(config, prepared, folder=folder / "previews"),
         tracker=tracker,
         folder=folder,
         origin=origin,
+        watch=validator and Watch(validator, tracker=tracker),
     )
     if saved:
         trainer.restore(saved)

@@ -24,6 +24,8 @@ from train.errors import TrainingError
 from train.interrupt import Wish
 from train.order import Mixture, Showing
 from train.track import Tracker
+from train.validate import Model
+from train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Pending:
     done: int
     names: list[str]
     figures: torch.Tensor
-    """Loss, processes that wish to stop, gradient norm: on the CPU once `arrived` is over."""
+    """Loss, processes that wish to stop, gradient norm, then those of `details`: on the CPU once
+    `arrived` is over."""
+    details: list[str]
     arrived: torch.cuda.Event | None
     facts: dict[str, float]
 
@@ -63,12 +67,13 @@ class Trainer:
         tracker: Tracker,
         folder: Path,
         origin: Origin,
+        watch: Watch | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
         self._base = base
         self._order, self._loader = order, loader
-        self._previews, self._tracker = previews, tracker
+        self._previews, self._tracker, self._watch = previews, tracker, watch
         self._folder = folder
         self._origin = origin
         self._bare = transformer
@@ -110,14 +115,18 @@ class Trainer:
             with accelerator.no_sync(self._model):
                 total += self._backward(portion)
         total += self._backward(batch[-1])
+        shown = done % config.train.log_every == 0 or done == config.train.steps
+        details = _named("grad_norm", lora.gradient_norms(self._bare)) if shown else {}
         norm = accelerator.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
         assert norm is not None
         self._optimizer.step()
+        details |= _named("lora_norm", lora.update_norms(self._bare)) if shown else {}
         self._settle()
         wish = total.new_full((), self.wish.signal is not None)
         sums = accelerator.reduce(torch.stack([total, wish]), "sum")
         assert isinstance(sums, torch.Tensor)
-        figures = torch.cat([sums, norm[None]]).to("cpu", non_blocking=True)
+        figures = torch.cat([sums, torch.stack([norm, *details.values()])])
+        figures = figures.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event() if total.is_cuda else None
         if arrived is not None:
             arrived.record()
@@ -125,25 +134,21 @@ class Trainer:
         now = time.monotonic()
         facts = {"lr": lr, "epoch": self._epoch(done), "seconds": now - self._clock}
         self._clock = now
-        self._pending = Pending(done, names, figures, arrived, facts)
+        self._pending = Pending(done, names, figures, list(details), arrived, facts)
 
     def save(self, done: int) -> None:
         """Write a checkpoint, if the weights are numbers."""
         self._settle()
-        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
-            raise TrainingError(
-                f"step {done}: the adapter's weights aren't numbers any more; stopped, the last "
-                "checkpoint is from before. Lower optim.lr, then continue with --resume."
-            )
+        self._check_weights(done)
+        checks, best = self._watch.saved(done) if self._watch else (None, None)
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
-            progress = Progress(done, settings, self._origin, self._world)
+            progress = Progress(done, settings, self._origin, self._world, checks)
             content = Checkpoint(
                 progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
             )
-            checkpoint.save(
-                self._folder / "checkpoints", content, keep=self._config.train.keep_checkpoints
-            )
+            keep = self._config.train.keep_checkpoints
+            checkpoint.save(self._folder / "checkpoints", content, keep=keep, best=best)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 
@@ -151,6 +156,8 @@ class Trainer:
         """Continue from a checkpoint of the same config and data."""
         lora.write(self._bare, saved.adapter)
         self._optimizer.load_state_dict(saved.optimizer)
+        if self._watch:
+            self._watch.restore(saved.progress.checks, step=saved.progress.step)
 
     def preview(self, done: int) -> None:
         """Draw the preview prompts on the main process."""
@@ -165,7 +172,16 @@ class Trainer:
                 guidance=self._config.preview.guidance,
             )
             sample.save_all(pictures, self._previews.folder, step=done)
+            self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
         self._accelerator.wait_for_everyone()
+        self._clock = time.monotonic()
+
+    def validate(self, done: int) -> None:
+        """Measure the loss on fixed pictures; every process has its part in it."""
+        self._settle()
+        if self._watch:
+            self._check_weights(done)
+            self._watch.check(done, Model(self._bare, self._base.dtype, self._guidance))
         self._clock = time.monotonic()
 
     def finish(self) -> None:
@@ -181,6 +197,14 @@ class Trainer:
     @property
     def _world(self) -> int:
         return self._accelerator.num_processes
+
+    def _check_weights(self, done: int) -> None:
+        """Raises TrainingError if they aren't numbers."""
+        if not all(bool(weight.isfinite().all()) for weight in self._parameters):
+            raise TrainingError(
+                f"step {done}: the adapter's weights aren't numbers any more; stopped, the last "
+                "checkpoint is from before. Lower optim.lr, then continue with --resume."
+            )
 
     def _epoch(self, done: int) -> float:
         """Passes over the first data set."""
@@ -210,7 +234,7 @@ class Trainer:
             return
         if step.arrived is not None:
             step.arrived.synchronize()
-        loss, wishes, norm = step.figures.tolist()
+        loss, wishes, norm, *details = step.figures.tolist()
         self._stopping = wishes > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = sorted(set(gather_object(step.names)))
@@ -219,4 +243,11 @@ class Trainer:
                 f"the last checkpoint is from before. Pictures of this step: {', '.join(names)}. "
                 "Look at them, lower optim.lr, then continue with --resume."
             )
-        self._tracker.step(step.done, {"loss": loss, "grad_norm": norm, **step.facts})
+        if self._watch:
+            self._watch.trained(loss)
+        named = dict(zip(step.details, details, strict=True))
+        self._tracker.step(step.done, {"loss": loss, "grad_norm": norm, **step.facts, **named})
+
+
+def _named(prefix: str, norms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}/{kind}": norm for kind, norm in norms.items()}

@@ -55,7 +55,10 @@ def test_a_folder_of_pictures_becomes_an_adapter_with_everything_beside_it(whole
 def test_metrics_have_every_step(whole):
     rows = runs.metrics(whole[0], drop=())
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert all(set(row) == {"step", "loss", "grad_norm", "lr", "epoch", "seconds"} for row in rows)
+    figures = {"step", "loss", "grad_norm", "lr", "epoch", "seconds"}
+    kinds = {"double_attn", "double_ff", "single"}
+    figures |= {f"{norm}/{kind}" for norm in ("grad_norm", "lora_norm") for kind in kinds}
+    assert all(set(row) == figures for row in rows)
     assert max(row["lr"] for row in rows) == pytest.approx(1e-3)
     assert rows[-1]["epoch"] == pytest.approx(20 * 2 / 3)
 

@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
-    1: ["train.schema", "train.config", "train.config_load", "train.shapes"],
+    1: [
+        *("train.schema", "train.config", "train.config_watch", "train.config_load"),
+        "train.shapes",
+    ],
     2: [
         *(
             "train.flow",
@@ -32,13 +35,14 @@ LAYERS = {
             "train.randomness",
             "train.order",
             "train.board",
+            "train.verdict",
             "train.interrupt",
             "train.transfer",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),
         *("data_tools.sources", "data_tools.masks", "data_tools.records", "data_tools.workers"),
-        "data_tools.examine",
+        *("data_tools.examine", "data_tools.holdout"),
         *("data_tools.caption", "data_tools.curate", "data_tools.exchange", "data_tools.inspect"),
         *("data_tools.caption.answers", "data_tools.caption.files", "data_tools.caption.journal"),
         *("data_tools.caption.instructions", "data_tools.caption.captioners"),
@@ -50,13 +54,18 @@ LAYERS = {
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
         *("train.optim", "train.speed", "train.offload", "train.recompute", "train.shard"),
-        *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+        *("train.checkpoint", "train.track", "train.trackers", "train.export", "train.comfyui"),
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
-    4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
+    4: [
+        *("train.objective", "train.sample", "train.certify", "train.split"),
+        "train.validate",
+        "data_tools.caption.captioners.*",
+    ],
     5: [
         "train.loop",
         "train.assemble",
+        "train.watch",
         "train.trainer",
         "train.prepare",
         "train.resumption",
@@ -80,6 +89,9 @@ HIGHEST = {
     "train.speed": 1,
     "train.checkpoint": 2,
     "train.track": 2,
+    "train.trackers": 1,
+    "train.split": 2,
+    "train.watch": 4,
     "train.export": 1,
     "train.objective": 2,
     "train.loop": 0,
@@ -95,7 +107,8 @@ HIGHEST = {
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
 SIDEWAYS = {
-    "train.config": {"train.schema"},
+    "train.config": {"train.schema", "train.config_watch"},
+    "train.config_watch": {"train.schema"},
     "train.config_load": {"train.schema", "train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
@@ -115,8 +128,12 @@ SIDEWAYS = {
     "data_tools.exchange.containers": {"data_tools.*"},
     "data_tools.exchange.tars": {"data_tools.*"},
     "data_tools.inspect.*": {"data_tools.inspect.*"},
+    "data_tools.holdout": {"data_tools.*"},
     "train.order": {"train.randomness"},
     "train.cache": {"train.files"},
+    "train.track": {"train.trackers"},
+    "train.validate": {"train.objective"},
+    "train.trainer": {"train.watch"},
     "train.texts": {"train.cache"},
     "train.names": {"train.comfyui"},
     "train.weights": {"train.names"},
