@@ -4,13 +4,14 @@ import json
 import platform
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from train import (
     assemble,
@@ -18,6 +19,7 @@ from train import (
     encode_text,
     export_run,
     loop,
+    parallel,
     resumption,
     sample,
     texts,
@@ -28,7 +30,7 @@ from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader
-from train.errors import ConfigError, Stopped, bullet_list
+from train.errors import Stopped, bullet_list
 from train.files import writing
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
@@ -36,8 +38,6 @@ from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
 from train.validate import Validator
 from train.watch import Watch
-
-ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -55,7 +55,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
     are meant.
     """
     ends = {"begin": time.time()}
-    accelerator = _accelerator()
+    accelerator = parallel.accelerator()
     folder = Path(config.output) / config.name
     saved, said = resumption.find(
         folder, config, resume=resume, accept=accept, world=accelerator.num_processes
@@ -106,30 +106,19 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process or parallel.is_sharded(accelerator):
         transformer.unload_lora()
-        chosen = export_run.choose(folder, config.export)
-        path = folder / f"{config.name}.safetensors"
-        certificate = export_run.publish(config, base, transformer, chosen, path=path)
-        say(export_run.summary(certificate, path))
+        with _place_of_export(folder, main=accelerator.is_main_process) as place:
+            path = Path(place) / f"{config.name}.safetensors"
+            chosen = export_run.choose(folder, config.export)
+            certificate = export_run.publish(config, base, transformer, chosen, path=path)
+            say(export_run.summary(certificate, path))
     accelerator.end_training()
 
 
-def _accelerator() -> Accelerator:
-    """Of accelerate's settings only the processes count; the config has the rest."""
-    accelerator = Accelerator(mixed_precision="no")  # base.dtype decides, not a launcher's default
-    if accelerator.gradient_accumulation_steps != 1:  # it would scale down every gradient
-        raise ConfigError(
-            "accelerate's gradient_accumulation_steps is "
-            f"{accelerator.gradient_accumulation_steps}: set train.accumulate instead, and launch "
-            "without --gradient_accumulation_steps"
-        )
-    if accelerator.distributed_type not in ENGINES:
-        raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; Kindling trains "
-            "on one device or with plain data parallelism. Choose that in `accelerate config`."
-        )
-    return accelerator
+def _place_of_export(folder: Path, *, main: bool) -> AbstractContextManager[Path | str]:
+    """The run's folder; for the others, who only lend their part of the base, one that goes."""
+    return nullcontext(folder) if main else TemporaryDirectory()
 
 
 def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> str:
@@ -215,12 +204,12 @@ def _build(
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
     memory = Memory.of(config.memory, double=shape["num_layers"], single=shape["num_single_layers"])
+    sharded = parallel.is_sharded(accelerator)
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
-        transformer = base.load_transformer(
-            device, place=memory.place(device), cache=prepared.cache.root
-        )
+        place = memory.place(torch.device("cpu") if sharded else device)
+        transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
     assembled = assemble.assemble(
-        transformer, config, memory=memory, device=device, dtype=base.dtype
+        transformer, config, memory=memory, device=device, dtype=base.dtype, sharded=sharded
     )
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0

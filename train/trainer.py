@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
-from train import checkpoint, lora, objective, optim, randomness, sample
+from train import checkpoint, lora, objective, optim, parallel, randomness, sample
 from train.base import Base
 from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
@@ -76,11 +77,9 @@ class Trainer:
         self._previews, self._tracker, self._watch = previews, tracker, watch
         self._folder = folder
         self._origin = origin
-        self._bare = transformer
+        self._transformer = transformer.train()
         self._parameters = lora.trainable(transformer)
-        optimizer = optim.build_optimizer(config.optim, self._parameters)
-        self._model, self._optimizer = accelerator.prepare(transformer, optimizer)
-        self._model.train()
+        self._optimizer = optim.build_optimizer(config.optim, self._parameters)
         embedded = transformer.config.guidance_embeds
         self._guidance = config.flow.guidance if embedded else None
         self._pending: Pending | None = None
@@ -111,16 +110,15 @@ class Trainer:
         lr = config.optim.lr * optim.rate(config.optim, step=done - 1, steps=config.train.steps)
         optim.set_rate(self._optimizer, lr)
         total = torch.zeros((), device=accelerator.device)
-        for portion in batch[:-1]:
-            with accelerator.no_sync(self._model):
-                total += self._backward(portion)
-        total += self._backward(batch[-1])
+        for portion in batch:
+            total += self._backward(portion)
+        if self._world > 1:
+            parallel.add_gradients(self._parameters)
         shown = done % config.train.log_every == 0 or done == config.train.steps
-        details = _named("grad_norm", lora.gradient_norms(self._bare)) if shown else {}
-        norm = accelerator.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
-        assert norm is not None
+        details = _named("grad_norm", lora.gradient_norms(self._transformer)) if shown else {}
+        norm = nn.utils.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
         self._optimizer.step()
-        details |= _named("lora_norm", lora.update_norms(self._bare)) if shown else {}
+        details |= _named("lora_norm", lora.update_norms(self._transformer)) if shown else {}
         self._settle()
         wish = total.new_full((), self.wish.signal is not None)
         sums = accelerator.reduce(torch.stack([total, wish]), "sum")
@@ -145,7 +143,9 @@ class Trainer:
             settings = self._config.model_dump(mode="json")
             progress = Progress(done, settings, self._origin, self._world, checks)
             content = Checkpoint(
-                progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
+                progress,
+                lora.read(self._transformer, self._config.lora),
+                self._optimizer.state_dict(),
             )
             keep = self._config.train.keep_checkpoints
             checkpoint.save(self._folder / "checkpoints", content, keep=keep, best=best)
@@ -154,25 +154,27 @@ class Trainer:
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
-        lora.write(self._bare, saved.adapter)
+        lora.write(self._transformer, saved.adapter)
         self._optimizer.load_state_dict(saved.optimizer)
         if self._watch:
             self._watch.restore(saved.progress.checks, step=saved.progress.step)
 
     def preview(self, done: int) -> None:
-        """Draw the preview prompts on the main process."""
+        """Draw the preview prompts: on the main process, or together where the base is sharded."""
         self._settle()
-        if self._previews.requests and self._accelerator.is_main_process:
+        main = self._accelerator.is_main_process
+        if self._previews.requests and (main or parallel.is_sharded(self._accelerator)):
             pictures = sample.draw(
                 self._base,
-                self._bare,
+                self._transformer,
                 self._previews.requests,
                 empty_text=self._previews.empty_text,
                 steps=self._config.preview.steps,
                 guidance=self._config.preview.guidance,
             )
-            sample.save_all(pictures, self._previews.folder, step=done)
-            self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
+            if main:
+                sample.save_all(pictures, self._previews.folder, step=done)
+                self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 
@@ -181,7 +183,7 @@ class Trainer:
         self._settle()
         if self._watch:
             self._check_weights(done)
-            self._watch.check(done, Model(self._bare, self._base.dtype, self._guidance))
+            self._watch.check(done, Model(self._transformer, self._base.dtype, self._guidance))
         self._clock = time.monotonic()
 
     def finish(self) -> None:
@@ -218,13 +220,13 @@ class Trainer:
                 randomness.derived_seed(self._config.seed, "dropout", portion.position)
             )
         losses = objective.losses(
-            self._model,
+            self._transformer,
             portion.batch.to(self._accelerator.device),
             dtype=self._base.dtype,
             guidance=self._guidance,
         )
         loss = losses.mean() * portion.weight
-        self._accelerator.backward(loss * self._world)  # DDP takes the mean over processes
+        loss.backward()
         return loss.detach()
 
     def _settle(self) -> None:

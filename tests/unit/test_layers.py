@@ -53,7 +53,7 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        *("train.optim", "train.speed", "train.offload", "train.recompute", "train.shard"),
+        *("train.optim", "train.speed", "train.offload", "train.recompute", "train.parallel"),
         *("train.checkpoint", "train.track", "train.trackers", "train.export", "train.comfyui"),
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
