@@ -115,7 +115,7 @@ def test_two_processes_check_what_one_does(shared, dev_folder, train_run: TrainR
     tree = runs.settings(
         shared / "two", model=dev_folder, pictures=shared / "many", train=steps, **changes
     )
-    output = runs.launch(runs.write_config(shared / "two.yaml", tree), processes=2)
+    output = runs.launch(runs.write_config(shared / "two.yaml", tree), engine="ddp")
     assert output.count("step 2: training loss at fixed noise") == 1
     folders = (
         train_run("one", pictures="many", train={**steps, "accumulate": 2}, **changes),
