@@ -102,6 +102,8 @@ class Need:
     """Of it what a step begins with: weights, adapter, optimizer."""
     ram: int
     """Pinned RAM: streamed weights, offloaded activations."""
+    gradients: int
+    """Of the adapter; a step ends with them."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,8 @@ def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig) -> Need
     if update > peak:
         peak, where = update, "the optimizer's step"
     if choice.offload:
-        names = set(choice.recomputed)
-        ram += sum(_start(block) for block in footprint.blocks if block.name in names)
-    return Need(peak, where, held, ram)
+        ram += starts(footprint, choice)
+    return Need(peak, where, held, ram, gradients)
 
 
 def decide(
@@ -240,6 +241,12 @@ def _timeline(footprint: Footprint, choice: Choice) -> Iterator[tuple[str, Pass]
 
 def _offloaded(passage: Pass, *, change: int, spare: int) -> Pass:
     return replace(passage, peak=passage.peak + spare, change=passage.change + change)
+
+
+def starts(footprint: Footprint, choice: Choice) -> int:
+    """All that the recomputed blocks start from."""
+    names = set(choice.recomputed)
+    return sum(_start(block) for block in footprint.blocks if block.name in names)
 
 
 def _start(block: Block) -> int:

@@ -26,6 +26,9 @@ LAYERS = {
             "train.cache",
             "train.texts",
             "train.usage",
+            "train.meter",
+            "train.budget",
+            "train.machine",
             "train.randomness",
             "train.order",
             "train.board",
@@ -47,19 +50,20 @@ LAYERS = {
         "train.optim",
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
     ],
-    4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
+    4: ["train.facts", "train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
     5: [
         "train.loop",
         "train.trainer",
         "train.prepare",
+        "train.footprint",
         "data_tools.caption.job",
         "data_tools.caption.arguments",
     ],
-    6: ["train.run", "train.export_run", "train.compare"],
+    6: ["train.run", "train.export_run", "train.compare", "train.phases", "train.forecast"],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
-        *("train.doctor", "train.py", "scripts.*"),
+        *("train.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
@@ -113,6 +117,8 @@ SIDEWAYS = {
     "train.export": {"train.lora"},
     "train.run": {"train.export_run"},
     "train.compare": {"train.export_run"},
+    "train.forecast": {"train.phases"},
+    "train.plan": {"train.doctor"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }
