@@ -32,6 +32,9 @@ LAYERS = {
             "train.hub",
             "train.texts",
             "train.usage",
+            "train.meter",
+            "train.budget",
+            "train.machine",
             "train.randomness",
             "train.order",
             "train.board",
@@ -58,7 +61,7 @@ LAYERS = {
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
     4: [
-        *("train.objective", "train.sample", "train.certify", "train.split"),
+        *("train.objective", "train.sample", "train.certify", "train.split", "train.facts"),
         "train.validate",
         "data_tools.caption.captioners.*",
     ],
@@ -69,14 +72,15 @@ LAYERS = {
         "train.trainer",
         "train.prepare",
         "train.resumption",
+        "train.footprint",
         "data_tools.caption.job",
         "data_tools.caption.arguments",
     ],
-    6: ["train.run", "train.export_run", "train.compare"],
+    6: ["train.run", "train.export_run", "train.compare", "train.phases", "train.forecast"],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
-        *("train.doctor", "train.py", "scripts.*"),
+        *("train.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""
@@ -145,6 +149,8 @@ SIDEWAYS = {
     "train.export": {"train.lora"},
     "train.run": {"train.export_run"},
     "train.compare": {"train.export_run"},
+    "train.forecast": {"train.phases"},
+    "train.plan": {"train.doctor"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }
