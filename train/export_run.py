@@ -42,10 +42,11 @@ def publish(
 
     transformer: the base's, without adapters; it is handed back unchanged.
     """
-    metadata = export.describe(_facts(config, base, transformer, saved), saved.adapter)
-    export.write(saved.adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
+    adapter = saved.shown(config.export.weights)
+    metadata = export.describe(_facts(config, base, transformer, saved), adapter)
+    export.write(adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     certify.write_certificate(certificate, path)
     return certificate
 
@@ -60,6 +61,15 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
         )
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
     return f"adapter: {path} ({size:.1f} MB)\ncertificate: FAILED\n{reasons}"
+
+
+def weights_of(config: Config) -> str:
+    """Which weights are exported and previewed, in words."""
+    if config.optim.name == "schedulefree":
+        return "average (schedulefree)"
+    if config.train.ema is not None and config.export.weights == "average":
+        return f"average (ema {config.train.ema:g})"
+    return "last"
 
 
 def _find(path: Path) -> tuple[Path, Checkpoint]:
@@ -102,5 +112,6 @@ def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> e
         title=config.export.title,
         author=config.export.author,
         description=config.export.description,
+        weights=weights_of(config),
         licence=LICENCES.get(base.name) or LICENCES.get(base.source),
     )

@@ -18,6 +18,7 @@ from train import (
     export_run,
     loop,
     lora,
+    optim,
     randomness,
     sample,
     texts,
@@ -63,6 +64,7 @@ def run(config: Config, *, resume: bool) -> None:
     """Do what a config says. Raises UserError where the user must change something."""
     ends = {"begin": time.time()}
     accelerator = _accelerator()
+    optim.require(config.optim)
     folder = Path(config.output) / config.name
     saved = _find_saved(folder, config, resume=resume, accelerator=accelerator)
     base = resolve(config.base)
@@ -135,6 +137,8 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
         encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
     sources = {r.caption: r.caption_source for one in prepared.sets for r in one.collection.records}
+    if export_run.weights_of(config) != "last":
+        lines.append(f"previews and the export show the {export_run.weights_of(config)}")
     cut = [
         f"{sources.get(text, 'preview prompt')}: {tokens} tokens, the limit is {limit}"
         for text, (tokens, limit) in prepared.truncated.items()
@@ -314,7 +318,9 @@ def _write_facts(folder: Path, config: Config) -> None:
     """The resolved config and what it ran on, beside the run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / export_run.CONFIG).write_text(config_load.dump(config), encoding="utf-8")
-    facts = {package: version(package) for package in PACKAGES}
+    extra = optim.PACKAGES.get(config.optim.name)
+    packages = (*PACKAGES, extra) if extra else PACKAGES
+    facts = {package: version(package) for package in packages}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

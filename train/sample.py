@@ -86,10 +86,12 @@ def draw(
     return pictures
 
 
-def save_all(pictures: Sequence[Image.Image], folder: Path, *, step: int) -> list[Path]:
-    """Write previews as step-000100-0.png, step-000100-1.png, ..."""
+def save_all(
+    pictures: Sequence[Image.Image], folder: Path, *, step: int, label: str = ""
+) -> list[Path]:
+    """Write previews as step-000100-0.png, step-000100-1.png, ...; the label follows the number."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"step-{step:06d}-{number}.png" for number in range(len(pictures))]
+    paths = [folder / f"step-{step:06d}-{number}{label}.png" for number in range(len(pictures))]
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
     return paths

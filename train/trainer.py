@@ -6,6 +6,7 @@ Owns the model, the optimizer and their accelerate wrappers. When each method ru
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train import checkpoint, lora, objective, optim, randomness, sample
+from train.average import Average, Ema, ScheduleFree
 from train.base import Base
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
@@ -71,9 +73,12 @@ class Trainer:
         self._origin = origin
         self._bare = transformer
         self._parameters = lora.trainable(transformer)
-        optimizer = optim.build_optimizer(config.optim, self._parameters)
+        optimizer = optim.build_optimizer(
+            config.optim, self._parameters, up=lora.trainable_up(transformer)
+        )
         self._model, self._optimizer = accelerator.prepare(transformer, optimizer)
         self._model.train()
+        self._average = self._new_average()
         embedded = transformer.config.guidance_embeds
         self._guidance = config.flow.guidance if embedded else None
         self._pending: Pending | None = None
@@ -95,7 +100,7 @@ class Trainer:
         accelerator, config = self._accelerator, self._config
         self._optimizer.zero_grad(set_to_none=True)
         lr = config.optim.lr * optim.rate(config.optim, step=done - 1, steps=config.train.steps)
-        optim.set_rate(self._optimizer, lr)
+        optim.set_rate(self._optimizer, lr, lora_plus=config.optim.lora_plus)
         total = torch.zeros((), device=accelerator.device)
         for portion in batch[:-1]:
             with accelerator.no_sync(self._model):
@@ -104,6 +109,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
         assert norm is not None
         self._optimizer.step()
+        if self._average is not None:
+            self._average.update(done)
         self._settle()
         loss = accelerator.reduce(total, "sum")
         assert isinstance(loss, torch.Tensor)
@@ -128,8 +135,16 @@ class Trainer:
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
             progress = Progress(done, settings, self._origin, self._world)
+            average = None
+            if self._average is not None:
+                with self._average.shown():
+                    average = lora.read(self._bare, self._config.lora)
             content = Checkpoint(
-                progress, lora.read(self._bare, self._config.lora), self._optimizer.state_dict()
+                progress,
+                lora.read(self._bare, self._config.lora),
+                self._optimizer.state_dict(),
+                average=average,
+                start=lora.read_start(self._bare, self._config.lora),
             )
             checkpoint.save(
                 self._folder / "checkpoints", content, keep=self._config.train.keep_checkpoints
@@ -139,6 +154,12 @@ class Trainer:
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
+        if self._average is not None:
+            assert saved.average is not None
+            lora.write(self._bare, saved.average)
+            self._average.restart()
+        if saved.start is not None:
+            lora.write(self._bare, saved.start, adapter=lora.START_NAME)
         lora.write(self._bare, saved.adapter)
         self._optimizer.load_state_dict(saved.optimizer)
 
@@ -146,15 +167,18 @@ class Trainer:
         """Draw the preview prompts on the main process."""
         self._settle()
         if self._previews.requests and self._accelerator.is_main_process:
-            pictures = sample.draw(
-                self._base,
-                self._bare,
-                self._previews.requests,
-                empty_text=self._previews.empty_text,
-                steps=self._config.preview.steps,
-                guidance=self._config.preview.guidance,
-            )
-            sample.save_all(pictures, self._previews.folder, step=done)
+            with self._shown():
+                pictures = sample.draw(
+                    self._base,
+                    self._bare,
+                    self._previews.requests,
+                    empty_text=self._previews.empty_text,
+                    steps=self._config.preview.steps,
+                    guidance=self._config.preview.guidance,
+                )
+            averaged = self._average is not None and self._config.export.weights == "average"
+            label = "-average" if averaged else ""
+            sample.save_all(pictures, self._previews.folder, step=done, label=label)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 
@@ -162,6 +186,18 @@ class Trainer:
         """Report the last step."""
         self._settle()
         self._tracker.close()
+
+    def _new_average(self) -> Average | None:
+        if self._config.optim.name == "schedulefree":
+            return ScheduleFree(self._parameters, optimizer=self._optimizer)
+        decay = self._config.train.ema
+        return None if decay is None else Ema(self._parameters, decay=decay)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are exported (export.weights)."""
+        if self._average is None or self._config.export.weights == "last":
+            return nullcontext()
+        return self._average.shown()
 
     @property
     def _world(self) -> int:

@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
-    1: ["train.schema", "train.config", "train.config_load", "train.shapes"],
+    1: [
+        *("train.schema", "train.config_adapter", "train.config", "train.config_load"),
+        "train.shapes",
+    ],
     2: [
         *(
             "train.flow",
@@ -44,7 +47,7 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        "train.optim",
+        *("train.optim", "train.average"),
         *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
     ],
     4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
@@ -68,6 +71,7 @@ HIGHEST = {
     "train.base": 1,
     "train.lora": 1,
     "train.optim": 1,
+    "train.average": 1,
     "train.checkpoint": 1,
     "train.track": 1,
     "train.export": 1,
@@ -85,7 +89,8 @@ HIGHEST = {
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
 SIDEWAYS = {
-    "train.config": {"train.schema"},
+    "train.config_adapter": {"train.schema"},
+    "train.config": {"train.schema", "train.config_adapter"},
     "train.config_load": {"train.schema", "train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
