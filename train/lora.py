@@ -6,6 +6,7 @@ are `export`'s and `checkpoint`'s.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,9 @@ def attach(transformer: "Flux2Transformer2DModel", lora: LoraConfig, *, seed: in
         torch.manual_seed(seed)
         _add(transformer, lora, targets, name=ADAPTER_NAME, dropout=lora.dropout)
         if lora.init == "pissa":
-            _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
             _start_from_base(transformer, targets, scale=lora.scale)
     found = {name.rsplit(".lora_A.", 1)[0] for name, _ in _lora_weights(transformer, "lora_A")}
     assert found == set(targets), f"peft adapted {found ^ set(targets)} otherwise than asked"

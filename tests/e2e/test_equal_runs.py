@@ -1,12 +1,15 @@
 """Runs that must come out equal: resumed, and with accumulation for batch size."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import runs
+from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
+from train import checkpoint, export, lora
 from train.track import Tracker
 
 
@@ -36,6 +39,9 @@ RUNS = {
     "dropout": {"lora": {"dropout": 0.2}},
     # rank 32 has tensors of 4096 elements and more, whose moments are in 8 bits
     "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lora_plus": 4.0}},
+    "prodigy": {"optim": {"name": "prodigy", "lr": 1.0, "schedule": "cosine", "restarts": 1}},
+    "ema and pissa": {"train": {"ema": 0.9}, "lora": {"init": "pissa", "rank": 4}},
     "bf16": {"base": {"dtype": "bf16"}},
     "gradient checkpointing": {
         "memory": {"gradient_checkpointing": "all"},
@@ -55,6 +61,54 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
         train_run(f"{name} resumed", **sections)
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "schedulefree"])
+def test_looking_at_the_average_changes_no_bit(optim, train_run: TrainRun):
+    """Previews and checkpoints at every step, and none before the last."""
+    average = {} if optim == "schedulefree" else {"ema": 0.9}
+    folders = []
+    for every in (1, 4):
+        sections = {"optim": {"name": optim}, "train": {"checkpoint_every": every, **average}}
+        preview = {"prompts": ("a",), "every": every, "width": 64, "height": 64, "steps": 1}
+        folders.append(train_run(f"{optim} every {every}", preview=preview, **sections))
+    runs.assert_same_run(*folders)
+    names = sorted(path.name for path in (folders[0] / "previews").iterdir())
+    assert names == [f"step-00000{step}-0-average.png" for step in range(5)]
+
+
+EXPORTS = {
+    "ema": {"train": {"ema": 0.5}},
+    "ema, last": {"train": {"ema": 0.5}, "export": {"dtype": "fp32", "weights": "last"}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lr": 1e-2}},
+    "rslora and pissa": {"lora": {"rslora": True, "alpha": 3.0, "init": "pissa", "rank": 4}},
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_folder: Path):
+    """Its updates are the average's, the last weights' or the sum of PiSSA's two branches."""
+    folder = train_run(f"export {name}", **EXPORTS[name])
+    saved = checkpoint.load(runs.last_checkpoint(folder))
+    found = export.read(folder / "tiny.safetensors")
+    certificate = json.loads((folder / "tiny.certificate.json").read_text())
+    assert certificate["passed"], certificate["reasons"]
+    for number, module in enumerate(lora.block_linears(tiny.transformer(guidance=True))):
+        wanted = saved.adapter.delta(module)
+        if name == "ema":
+            assert saved.average is not None
+            assert not torch.allclose(saved.average.delta(module), wanted, rtol=0.01)
+            wanted = saved.average.delta(module)
+        elif name == "schedulefree":  # x of Defazio et al. 2024, from y and z
+            beta, states = 0.9, saved.optimizer["state"]
+            pairs = zip((saved.adapter.down, saved.adapter.up), (0, 1), strict=True)
+            x = [w[module].lerp(states[2 * number + i]["z"], 1 - 1 / beta) for w, i in pairs]
+            assert not torch.allclose(x[1] @ x[0], wanted, rtol=0.01)
+            wanted = x[1] @ x[0]
+        elif name == "rslora and pissa":
+            assert saved.start is not None
+            wanted = wanted + saved.start.delta(module)
+        torch.testing.assert_close(found.delta(module), wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_several_data_sets_resume_to_the_bit(train_run: TrainRun, shared: Path, crash_at):
