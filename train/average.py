@@ -19,7 +19,7 @@ class Ema:
     """An exponential moving average in fp32, of which the optimizer knows nothing."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, decay: float) -> None:
-        self._parameters = list(parameters)
+        self._parameters: list[torch.Tensor] = list(parameters)
         self._decay = decay
         self._mean: list[torch.Tensor] = []
         self.restart()
@@ -46,7 +46,7 @@ class ScheduleFree:
     """The average that a schedule-free optimizer keeps itself, in its own state."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, optimizer: Any) -> None:
-        self._parameters = list(parameters)
+        self._parameters: list[torch.Tensor] = list(parameters)
         self._optimizer = optimizer
 
     def update(self, done: int) -> None:
@@ -78,7 +78,7 @@ def ema_decay(decay: float, *, done: int) -> float:
 
 
 @contextmanager
-def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """Whatever happens inside, the parameters are the same after it."""
     own = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -88,6 +88,6 @@ def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _copy(values: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]) -> None:
+def _copy(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)

@@ -23,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kindling export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--output", type=Path, help="default: RUN/NAME.safetensors")
+    parser.add_argument(
+        "--weights", choices=["average", "last"], help="instead of the config's export.weights"
+    )
     arguments = parser.parse_args(argv)
     run, saved = _find(arguments.run)
-    config = config_load.load(run / CONFIG)
+    changes = [f"export.weights={arguments.weights}"] if arguments.weights else []
+    config = config_load.load(run / CONFIG, changes)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"

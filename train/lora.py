@@ -137,8 +137,8 @@ def _start_from_base(transformer: Any, targets: list[str], *, scale: float) -> N
     for name in targets:
         module = transformer.get_submodule(name)
         weight = module.base_layer.weight
-        slots = [getattr(module, kind) for kind in ("lora_A", "lora_B")]
-        rank = slots[0][ADAPTER_NAME].out_features
+        down, up = module.lora_A, module.lora_B
+        rank = down[ADAPTER_NAME].out_features
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"lora.init: pissa starts from the base's weights, but {name} is kept as "
@@ -152,10 +152,10 @@ def _start_from_base(transformer: Any, targets: list[str], *, scale: float) -> N
         left, sizes, right = torch.svd_lowrank(weight.float(), rank, niter=PISSA_ITERATIONS)
         root = (sizes / scale).sqrt()
         for adapter, sign in ((ADAPTER_NAME, 1), (START_NAME, -1)):
-            slots[0][adapter].weight.copy_(root[:, None] * right.T)
-            slots[1][adapter].weight.copy_(sign * left * root)
-            for slot in slots:
-                slot[adapter].weight.requires_grad_(adapter == ADAPTER_NAME)
+            down[adapter].weight.copy_(root[:, None] * right.T)
+            up[adapter].weight.copy_(sign * left * root)
+            for half in (down, up):
+                half[adapter].weight.requires_grad_(adapter == ADAPTER_NAME)
 
 
 def trainable(transformer: nn.Module) -> list[nn.Parameter]:

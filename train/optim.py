@@ -113,6 +113,12 @@ def set_rate(
         group["lr"] = lr * factor
 
 
+def used_rate(optim: OptimConfig, optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate as it is, for prodigy with what it has found so far."""
+    group = optimizer.param_groups[0]
+    return group["lr"] * group["d"] if optim.name == "prodigy" else group["lr"]
+
+
 def state_bytes(name: str, shape: tuple[int, int], *, zero: bool = False) -> int:
     """Bytes of an optimizer's state for one fp32 parameter, counters of a few bytes left out.
 

@@ -120,6 +120,7 @@ class Trainer:
             arrived.record()
         names = [name for portion in batch for name in portion.batch.names]
         now = time.monotonic()
+        lr = optim.used_rate(config.optim, self._optimizer)
         facts = {"lr": lr, "epoch": self._epoch(done), "seconds": now - self._clock}
         self._clock = now
         self._pending = Pending(done, names, figures, arrived, facts)

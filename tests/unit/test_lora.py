@@ -178,10 +178,11 @@ def test_rslora_is_pefts():
     )
     lora.write(theirs, adapter)
     name, x = "single_transformer_blocks.1.attn.to_out", torch.randn(5, 128)
-    outputs = [model.get_submodule(name)(x) for model in (ours, theirs)]
+    modules: list[Any] = [model.get_submodule(name) for model in (ours, theirs)]
+    outputs = [module(x) for module in modules]
     assert torch.equal(*outputs)
     assert adapter.scale == 1.5
-    base = theirs.get_submodule(name).base_layer(x)
+    base = modules[0].base_layer(x)
     torch.testing.assert_close(outputs[0] - base, x @ adapter.delta(name).T, rtol=1e-4, atol=1e-4)
 
 

@@ -19,16 +19,16 @@ from train.errors import MachineError
 NAMES = get_args(OptimConfig.model_fields["name"].annotation)
 
 ADAM: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
-COMMON = {key: ADAM[key] for key in ("lr", "weight_decay")}
+PRODIGY: dict[str, Any] = ADAM | {"use_bias_correction": True, "safeguard_warmup": True}
+PRODIGY["lr"] = 1.0
+COMMON: dict[str, Any] = {key: ADAM[key] for key in ("lr", "weight_decay")}
 LIBRARIES: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, **ADAM),
     "adamw8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, **ADAM),
     "paged_adamw8bit": lambda p: bitsandbytes.optim.PagedAdamW8bit(p, **ADAM),
     "lion8bit": lambda p: bitsandbytes.optim.Lion8bit(p, **COMMON, betas=ADAM["betas"]),
     "adafactor": lambda p: torch.optim.Adafactor(p, **COMMON),
-    "prodigy": lambda p: prodigyopt.Prodigy(
-        p, **ADAM | {"lr": 1.0}, use_bias_correction=True, safeguard_warmup=True
-    ),
+    "prodigy": lambda p: prodigyopt.Prodigy(p, **PRODIGY),
     "schedulefree": lambda p: schedulefree.AdamWScheduleFree(p, **ADAM),
     "muon": lambda p: torch.optim.Muon(p, **COMMON, adjust_lr_fn="match_rms_adamw"),
 }
@@ -158,6 +158,14 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, tmp_path: Path):
     states = [model.optimizer.state_dict() for model in (second, whole)]
     torch.testing.assert_close(*(state["state"] for state in states), rtol=0, atol=0)
     assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_the_rate_in_use_is_the_one_that_prodigy_found():
+    plain, found = ours("adamw"), ours("prodigy").steps(5)
+    assert optim.used_rate(config("adamw"), plain.optimizer) == 0.02
+    (group,) = found.optimizer.param_groups
+    assert group["d"] > group["d0"]
+    assert optim.used_rate(config("prodigy"), found.optimizer) == group["d"]
 
 
 def test_every_optimizer_says_nothing(capfd: pytest.CaptureFixture[str]):
