@@ -241,7 +241,6 @@ def test_adamw8bit_goes_where_adamw_goes():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_adamw_is_fused_on_a_gpu():
     weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
     optimizer = optim.build_optimizer(config("adamw"), [weight])
