@@ -85,10 +85,17 @@ def select_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> li
     return [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
 
 
-def attach(transformer: "Flux2Transformer2DModel", lora: LoraConfig, *, seed: int) -> list[str]:
+def attach(
+    transformer: "Flux2Transformer2DModel",
+    lora: LoraConfig,
+    *,
+    seed: int,
+    start: Adapter | None = None,
+) -> list[str]:
     """Freeze the base, add a fresh adapter in fp32 (its update is zero) and return its modules.
 
-    Raises ConfigError where the base has no weights that PiSSA can start from.
+    start: a resumed run's `read_start`, in place of finding it anew. Raises ConfigError where the
+    base has no weights that PiSSA can start from.
     """
     targets = select_targets(transformer, lora.targets)
     transformer.requires_grad_(False)
@@ -96,10 +103,11 @@ def attach(transformer: "Flux2Transformer2DModel", lora: LoraConfig, *, seed: in
         torch.manual_seed(seed)
         _add(transformer, lora, targets, name=ADAPTER_NAME, dropout=lora.dropout)
         if lora.init == "pissa":
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
-                _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
-            _start_from_base(transformer, targets, scale=lora.scale)
+            _add_start(transformer, lora, targets)
+            if start is None:
+                _start_from_base(transformer, targets, scale=lora.scale)
+            else:
+                write(transformer, start, adapter=START_NAME)
     found = {name.rsplit(".lora_A.", 1)[0] for name, _ in _lora_weights(transformer, "lora_A")}
     assert found == set(targets), f"peft adapted {found ^ set(targets)} otherwise than asked"
     return targets
@@ -128,12 +136,24 @@ def _add(
             parameter.data = parameter.data.float()
 
 
+def _add_start(
+    transformer: "Flux2Transformer2DModel", lora: LoraConfig, targets: list[str]
+) -> None:
+    """A second adapter, active beside the first one, and frozen."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
+    transformer.set_adapters([ADAPTER_NAME, START_NAME])
+    for kind in ("lora_A", "lora_B"):
+        for _, parameter in _lora_weights(transformer, kind, adapter=START_NAME):
+            parameter.requires_grad_(False)
+
+
 @torch.no_grad()
 def _start_from_base(transformer: Any, targets: list[str], *, scale: float) -> None:
     """PiSSA (Meng et al. 2024): W = U S V; down and up are sqrt(S / scale) times V and U, cut to
     the rank. Their product is taken off by the second adapter, which has -up.
     """
-    transformer.set_adapters([ADAPTER_NAME, START_NAME])
     for name in targets:
         module = transformer.get_submodule(name)
         weight = module.base_layer.weight
@@ -154,8 +174,6 @@ def _start_from_base(transformer: Any, targets: list[str], *, scale: float) -> N
         for adapter, sign in ((ADAPTER_NAME, 1), (START_NAME, -1)):
             down[adapter].weight.copy_(root[:, None] * right.T)
             up[adapter].weight.copy_(sign * left * root)
-            for half in (down, up):
-                half[adapter].weight.requires_grad_(adapter == ADAPTER_NAME)
 
 
 def trainable(transformer: nn.Module) -> list[nn.Parameter]:
@@ -181,7 +199,10 @@ def read(transformer: nn.Module, lora: LoraConfig, *, adapter: str = ADAPTER_NAM
 
 
 def read_start(transformer: nn.Module, lora: LoraConfig) -> Adapter | None:
-    """A copy of what is taken off the adapter, on the CPU; None where that is nothing."""
+    """A copy of what is taken off the adapter, on the CPU; None where that is nothing.
+
+    Frozen as it is, it is streamed with the base: to be read before that begins.
+    """
     return read(transformer, lora, adapter=START_NAME) if lora.init == "pissa" else None
 
 

@@ -19,6 +19,9 @@ from train.errors import MachineError
 PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
 """Optimizers whose package comes with kindling[optim] only."""
 
+CHANGEABLE = ("weight_decay", "eps")
+"""Settings that a resumed run may have otherwise; the learning rate is set at each step."""
+
 MIN_8BIT, BLOCK_8BIT = 4096, 256
 """bitsandbytes: elements from which on a tensor's moments have 8 bits; elements to a scale."""
 
@@ -111,6 +114,15 @@ def set_rate(
     factors = (1.0,) if lora_plus is None else (1.0, lora_plus)
     for group, factor in zip(optimizer.param_groups, factors, strict=True):
         group["lr"] = lr * factor
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state; a config that was changed since keeps its own settings."""
+    groups = optimizer.param_groups
+    own = [{key: group[key] for key in CHANGEABLE if key in group} for group in groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def used_rate(optim: OptimConfig, optimizer: torch.optim.Optimizer) -> float:

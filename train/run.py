@@ -4,6 +4,7 @@ import json
 import platform
 import signal
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,18 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from train import (
+    assemble,
     checkpoint,
     config_load,
     encode_text,
     export_run,
     loop,
-    lora,
     optim,
-    randomness,
     resumption,
     sample,
     texts,
 )
+from train.assemble import Memory
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -78,7 +79,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             _write_facts(folder, config)
             resumption.write_pictures(folder, pictures)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(
+    trainer, transformer, undo = _build(
         config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
     )
     if accelerator.is_main_process:
@@ -93,6 +94,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             preview_every=config.preview.every,
         )
     trainer.finish()
+    undo.close()
     if done < config.train.steps:
         accelerator.end_training()
         cause = wish.signal or signal.SIGTERM  # another process had it
@@ -173,8 +175,7 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
 
 def base_digest(base: Base, prepared: Prepared) -> str:
     """Digest of all weights that a run depends on; reads a local transformer once."""
-    digests = FileDigests(prepared.cache.root / DIGESTS)
-    transformer = digests.folder(base.folder("transformer"))
+    transformer = base.transformer_files().digest(FileDigests(prepared.cache.root / DIGESTS))
     return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
 
 
@@ -199,13 +200,24 @@ def _build(
     accelerator: Accelerator,
     origin: Origin,
     saved: Checkpoint | None,
-) -> tuple[Trainer, Any]:
-    """The trainer, restored if there is something to restore, and its transformer."""
+) -> tuple[Trainer, Any, ExitStack]:
+    """The trainer, restored if there is something to restore, its transformer, and the way back
+    to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
-    transformer = base.load_transformer(accelerator.device)
-    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.memory.gradient_checkpointing == "all":
-        transformer.enable_gradient_checkpointing()
+    device, shape = accelerator.device, base.transformer_files().settings
+    memory = Memory.of(config.memory, double=shape["num_layers"], single=shape["num_single_layers"])
+    with accelerator.main_process_first():  # it makes the quantised copy, the others read that
+        transformer = base.load_transformer(
+            device, place=memory.place(device), cache=prepared.cache.root
+        )
+    assembled = assemble.assemble(
+        transformer,
+        config,
+        memory=memory,
+        device=device,
+        dtype=base.dtype,
+        start=saved.start if saved else None,
+    )
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,
@@ -235,10 +247,11 @@ def _build(
         tracker=tracker,
         folder=folder,
         origin=origin,
+        start=assembled.start,
     )
     if saved:
         trainer.restore(saved)
-    return trainer, transformer
+    return trainer, transformer, assembled.undo
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:

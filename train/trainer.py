@@ -18,12 +18,14 @@ from accelerate.utils import gather_object
 from train import checkpoint, lora, objective, optim, randomness, sample
 from train.average import Average, Ema, ScheduleFree
 from train.base import Base
+from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
 from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
-from train.order import Mixture
+from train.lora import Adapter
+from train.order import Mixture, Showing
 from train.track import Tracker
 
 
@@ -64,6 +66,7 @@ class Trainer:
         tracker: Tracker,
         folder: Path,
         origin: Origin,
+        start: Adapter | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -72,7 +75,7 @@ class Trainer:
         self._previews, self._tracker = previews, tracker
         self._folder = folder
         self._origin = origin
-        self._bare = transformer
+        self._bare, self._start = transformer, start
         self._parameters = lora.trainable(transformer)
         optimizer = optim.build_optimizer(
             config.optim, self._parameters, up=lora.trainable_up(transformer)
@@ -89,9 +92,14 @@ class Trainer:
 
     def batches(self, start: int, steps: int) -> Iterable[list[Portion]]:
         """This process's portions of each step, read one step ahead."""
+
+        def load(showings: Sequence[Showing]) -> Batch:
+            batch = self._loader(showings)
+            return batch.pinned() if self._accelerator.device.type == "cuda" else batch
+
         return portions(
             self._order,
-            self._loader,
+            load,
             steps=range(start, steps),
             accumulate=self._config.train.accumulate,
             rank=self._accelerator.process_index,
@@ -149,7 +157,7 @@ class Trainer:
                 lora.read(self._bare, self._config.lora),
                 self._optimizer.state_dict(),
                 average=average,
-                start=lora.read_start(self._bare, self._config.lora),
+                start=self._start,
             )
             checkpoint.save(
                 self._folder / "checkpoints", content, keep=self._config.train.keep_checkpoints
@@ -160,13 +168,10 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
         if self._average is not None:
-            assert saved.average is not None
-            lora.write(self._bare, saved.average)
+            lora.write(self._bare, saved.average or saved.adapter)  # train.ema may be new
             self._average.restart()
-        if saved.start is not None:
-            lora.write(self._bare, saved.start, adapter=lora.START_NAME)
         lora.write(self._bare, saved.adapter)
-        self._optimizer.load_state_dict(saved.optimizer)
+        optim.restore(self._optimizer, saved.optimizer)
 
     def preview(self, done: int) -> None:
         """Draw the preview prompts on the main process."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, export, export_run, lora
+from train import checkpoint, export, export_run, lora, offload
+from train.average import ema_decay
+from train.errors import ConfigError
 from train.track import Tracker
 
 
@@ -41,7 +44,9 @@ RUNS = {
     "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
     "schedulefree": {"optim": {"name": "schedulefree", "lora_plus": 4.0}},
     "prodigy": {"optim": {"name": "prodigy", "lr": 1.0, "schedule": "cosine", "restarts": 1}},
-    "ema and pissa": {"train": {"ema": 0.9}, "lora": {"init": "pissa", "rank": 4}},
+    "ema and pissa": {"train": {"ema": 0.9}, "lora": {"init": "pissa"}},
+    # which streams the frozen half of the adapter, too
+    "streamed pissa": {"lora": {"init": "pissa"}, "memory": {"resident_blocks": 1}},
     "bf16": {"base": {"dtype": "bf16"}},
     "gradient checkpointing": {
         "memory": {"gradient_checkpointing": "all"},
@@ -112,6 +117,19 @@ def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_fol
         torch.testing.assert_close(found.delta(module), wanted, rtol=1e-4, atol=1e-7)
 
 
+def test_an_average_can_begin_at_a_resume(train_run: TrainRun):
+    train_run("late", train={"steps": 2})
+    folder = train_run("late", train={"steps": 3, "ema": 0.5}, resume=True, accept=True)
+    before, after = checkpoint.list_checkpoints(folder / "checkpoints")
+    kept = ema_decay(0.5, done=3)
+    saved, was = checkpoint.load(after), checkpoint.load(before).adapter
+    assert saved.average is not None
+    for module, up in saved.average.up.items():
+        torch.testing.assert_close(
+            up, torch.lerp(was.up[module], saved.adapter.up[module], 1 - kept)
+        )
+
+
 def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path: Path):
     folder = train_run("other weights", train={"ema": 0.5, "steps": 2})
     output = tmp_path / "last.safetensors"
@@ -151,6 +169,31 @@ def test_gradient_checkpointing_changes_no_bit(train_run: TrainRun):
     checkpointed = train_run("cp", train={"steps": 3}, memory=memory, **changes)
     assert runs.adapter_change(plain, checkpointed) == 0
     assert runs.metrics(plain) == runs.metrics(checkpointed)
+
+
+def test_streaming_changes_no_bit(train_run: TrainRun, monkeypatch):
+    """Of a run with previews, nor of the adapter that it publishes; two blocks share a slot."""
+    attach = offload.attach
+    monkeypatch.setattr(offload, "attach", partial(attach, slots=1))
+    changes = {
+        "lora": {"dropout": 0.2},
+        "train": {"steps": 3, "accumulate": 2},
+        "preview": {"prompts": ("a fox",), "every": 2, "steps": 2},
+    }
+    plain = train_run("resident", **changes)
+    memory = {"resident_blocks": 0, "gradient_checkpointing": 3, "offload_activations": True}
+    streamed = train_run("streamed", **changes, memory=memory)
+    runs.assert_same_run(plain, streamed)
+    picture = Path("previews", "step-000003-0.png")
+    assert (plain / picture).read_bytes() == (streamed / picture).read_bytes()
+    certificate = json.loads((streamed / "tiny.certificate.json").read_text(encoding="utf-8"))
+    assert certificate["passed"]
+
+
+@pytest.mark.parametrize("key", ["resident_blocks", "gradient_checkpointing"])
+def test_auto_is_not_decided_yet(train_run: TrainRun, key):
+    with pytest.raises(ConfigError, match=f"memory.{key}: auto"):
+        train_run("auto", memory={key: "auto"})
 
 
 def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):

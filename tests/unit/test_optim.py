@@ -153,11 +153,22 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, tmp_path: Path):
     with torch.no_grad():
         for to, source in zip(second.parameters, first.parameters, strict=True):
             to.copy_(source)
-    second.optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    optim.restore(second.optimizer, torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.steps(4).equals(whole)
     states = [model.optimizer.state_dict() for model in (second, whole)]
     torch.testing.assert_close(*(state["state"] for state in states), rtol=0, atol=0)
     assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_a_resumed_run_has_the_settings_of_its_config():
+    """torch and bitsandbytes would go on with the saved ones."""
+    for name in ("adamw", "adamw8bit"):
+        saved = ours(name).steps(1).optimizer.state_dict()
+        now = ours(name, weight_decay=0.5, eps=0.25).optimizer
+        optim.restore(now, saved)
+        (group,) = now.param_groups
+        assert (group["weight_decay"], group["eps"]) == (0.5, 0.25)
+        assert now.state_dict()["state"].keys() == {0, 1}
 
 
 def test_the_rate_in_use_is_the_one_that_prodigy_found():
