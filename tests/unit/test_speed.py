@@ -240,7 +240,7 @@ def config(**sections: Any) -> Config:
 def test_assembling_is_all_that_training_needs(undo: ExitStack) -> None:
     transformer = tiny.transformer(guidance=True)
     settings = config(speed={"attention": "native"}, memory={"gradient_checkpointing": "all"})
-    memory = assemble.Memory.of(settings.memory, double=1, single=1)
+    memory = assemble.Memory.of(settings.memory, double=2, single=2)
     made = assemble.assemble(transformer, settings, memory=memory, device=CPU, dtype=torch.float32)
     assert transformer.gradient_checkpointing
     assert len(made.targets) == 2 * 12 + 2 * 2
