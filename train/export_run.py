@@ -1,6 +1,7 @@
 """`kindling export`: a run, or one of its checkpoints, to an adapter file with its certificate."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,8 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kindling export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--output", type=Path, help="default: RUN/NAME.safetensors")
+    parser.add_argument(
+        "--weights", choices=["average", "last"], help="instead of the config's export.weights"
+    )
     arguments = parser.parse_args(argv)
-    run, config, chosen = _find(arguments.run)
+    changes = [f"export.weights={arguments.weights}"] if arguments.weights else []
+    run, config, chosen = _find(arguments.run, changes)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
@@ -107,11 +112,11 @@ def publish(
 
     transformer: the base's, without adapters; it is handed back unchanged.
     """
-    saved = chosen.saved
-    metadata = export.describe(_facts(config, base, transformer, chosen), saved.adapter)
-    export.write(saved.adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
+    adapter = chosen.saved.shown(config.export.weights)
+    metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
+    export.write(adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
     return certificate
@@ -130,18 +135,27 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     return f"{lines}certificate: FAILED\n{reasons}"
 
 
-def _find(path: Path) -> tuple[Path, Config, Chosen]:
+def weights_of(config: Config) -> str:
+    """Which weights are exported and previewed, in words."""
+    if config.optim.name == "schedulefree":
+        return "average (schedulefree)"
+    if config.train.ema is not None and config.export.weights == "average":
+        return f"average (ema {config.train.ema:g})"
+    return "last"
+
+
+def _find(path: Path, changes: Sequence[str]) -> tuple[Path, Config, Chosen]:
     """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s."""
     if (path / checkpoint.MANIFEST).is_file():
         run, saved = path.parent.parent, checkpoint.load(path)
         chosen = _named(saved, _history(saved), rule="named", reason="by the user")
-        return run, config_load.load(run / CONFIG), chosen
+        return run, config_load.load(run / CONFIG, changes), chosen
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: not the folder of a run (it has no {CONFIG}) nor of a checkpoint. "
             "A run's folder is OUTPUT/NAME of its config, such as runs/demo."
         )
-    config = config_load.load(path / CONFIG)
+    config = config_load.load(path / CONFIG, changes)
     return path, config, choose(path, config.export)
 
 
@@ -173,5 +187,6 @@ def _facts(config: Config, base: Base, transformer: Any, chosen: Chosen) -> expo
         title=config.export.title,
         author=config.export.author,
         description=config.export.description,
+        weights=weights_of(config),
         licence=LICENCES.get(base.name) or LICENCES.get(base.source),
     )

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: ["train", "data_tools", "scripts", "train.errors"],
     1: [
-        *("train.schema", "train.config", "train.config_watch", "train.config_load"),
+        *("train.schema", "train.config_adapter", "train.config_watch", "train.config"),
+        "train.config_load",
         "train.shapes",
     ],
     2: [
@@ -56,8 +57,9 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        *("train.optim", "train.speed", "train.offload", "train.recompute", "train.parallel"),
-        *("train.checkpoint", "train.track", "train.trackers", "train.export", "train.comfyui"),
+        *("train.optim", "train.average", "train.speed", "train.offload", "train.recompute"),
+        *("train.parallel", "train.checkpoint", "train.track", "train.trackers", "train.export"),
+        "train.comfyui",
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
     4: [
@@ -90,6 +92,7 @@ HIGHEST = {
     "train.frozen": 1,
     "train.lora": 1,
     "train.optim": 1,
+    "train.average": 1,
     "train.speed": 1,
     "train.checkpoint": 2,
     "train.track": 2,
@@ -111,7 +114,8 @@ HIGHEST = {
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
 SIDEWAYS = {
-    "train.config": {"train.schema", "train.config_watch"},
+    "train.config": {"train.schema", "train.config_adapter", "train.config_watch"},
+    "train.config_adapter": {"train.schema"},
     "train.config_watch": {"train.schema"},
     "train.config_load": {"train.schema", "train.config"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
