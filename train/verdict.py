@@ -153,10 +153,7 @@ def overfits(history: History) -> bool:
     if not history.held_out or len(checks) < 3:
         return False
     lowest = min(range(len(checks)), key=lambda number: checks[number].loss)
-    if lowest >= len(checks) - 2:
-        return False
-    latest = checks[-2:]
-    if not all(change(check, since=checks[lowest]).rises for check in latest):
+    if not all(change(check, since=checks[lowest]).rises for check in checks[-2:]):
         return False
     known = [check.training_loss for check in checks[lowest:] if check.training_loss is not None]
     return len(known) > 1 and _mean(known[-2:]) < known[0]
