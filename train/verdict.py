@@ -105,8 +105,12 @@ class Change:
     pictures: int
 
     def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, sign: str) -> str:
+        """sign: "+" shows it on positive means too."""
         error = "" if self.error is None else f" ± {self.error:.5f}"
-        return f"{self.mean:.5f}{error}"
+        return f"{self.mean:{sign}.5f}{error}"
 
     @property
     def rises(self) -> bool:
