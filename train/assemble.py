@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train import frozen, lora, offload, randomness, recompute, speed
+from train import frozen, lora, offload, parallel, randomness, recompute, speed
 from train.config import Config, MemoryConfig
+from train.errors import ConfigError
 from train.lora import Adapter
 from train.transformer import Place
 
@@ -72,20 +73,32 @@ def assemble(
     memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
+    sharded: bool = False,
     start: Adapter | None = None,
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. start: a resumed run's, see `lora.attach`.
+    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
+    run's, see `lora.attach`.
     Raises UserError where the machine can't do what is asked.
     """
     seed = randomness.derived_seed(config.seed, "lora")
     targets = lora.attach(transformer, config.lora, seed=seed, start=start)
+    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+        parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
+        parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
-    if memory.streamed:
+    if sharded:
+        if memory.streamed:
+            raise ConfigError(
+                "memory.resident_blocks: a base that FSDP2 shards can't be streamed, too. Write "
+                "all, or launch without FSDP."
+            )
+        parallel.shard(transformer, trainable=lora.trainable(transformer), device=device)
+    elif memory.streamed:
         offload.attach(transformer, resident=memory.resident, device=device)
     if memory.recomputed:
         offloads = memory.offload_activations

@@ -47,6 +47,8 @@ class Progress:
     origin: Origin
     world: int
     """Processes that trained it."""
+    checks: dict[str, Any] | None = None
+    """All checks of the loss on fixed pictures so far, as `verdict.History` writes them."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class Checkpoint:
         return with_start(chosen, self.start) if self.start else chosen
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
     """Write `folder`/step-N atomically, then delete all but the newest `keep` up to it.
 
-    Later ones, which can only be damaged or a past life's, don't count and are left to be replaced.
-    Raises MachineError if it can't be written; the ones before stay.
+    best: the step of one more that is kept. Later ones, which can only be damaged or a past life's,
+    don't count and are left to be replaced. Raises MachineError if it can't be written; the ones
+    before stay.
     """
-    final = folder / f"step-{checkpoint.progress.step:06d}"
+    final = path_of(folder, checkpoint.progress.step)
     making = folder / f".making-{final.name}"
     for leftover in folder.glob(".making-*"):  # of a save that was killed
         shutil.rmtree(leftover)
@@ -93,7 +96,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _flush(folder)
     saved = list_checkpoints(folder)
     for old in saved[: saved.index(final) + 1][:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != path_of(folder, best):
+            shutil.rmtree(old)
     return final
 
 
@@ -114,6 +118,11 @@ def _write(making: Path, checkpoint: Checkpoint) -> None:
     (making / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in (*making.iterdir(), making):
         _flush(path)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is or would be."""
+    return folder / f"step-{step:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -7,11 +7,14 @@ are `export`'s and `checkpoint`'s.
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from train.config import LoraConfig
@@ -144,9 +147,8 @@ def _add_start(
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
     transformer.set_adapters([ADAPTER_NAME, START_NAME])
-    for kind in ("lora_A", "lora_B"):
-        for _, parameter in _lora_weights(transformer, kind, adapter=START_NAME):
-            parameter.requires_grad_(False)
+    for parameter in start_parameters(transformer):
+        parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -179,6 +181,12 @@ def _start_from_base(transformer: Any, targets: list[str], *, scale: float) -> N
 def trainable(transformer: nn.Module) -> list[nn.Parameter]:
     """The adapter's parameters, in model order."""
     return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def start_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """Those of the frozen adapter that PiSSA's start is taken off by."""
+    kinds = ("lora_A", "lora_B")
+    return [p for kind in kinds for _, p in _lora_weights(transformer, kind, adapter=START_NAME)]
 
 
 def trainable_up(transformer: nn.Module) -> list[nn.Parameter]:
@@ -216,6 +224,58 @@ def with_start(adapter: Adapter, start: Adapter) -> Adapter:
     down = {n: torch.cat([a, a - start.down[n]]) for n, a in adapter.down.items()}
     up = {n: torch.cat([b + start.up[n], -start.up[n]], dim=1) for n, b in adapter.up.items()}
     return Adapter(down, up, 2 * adapter.rank, 2 * adapter.alpha)
+
+
+@contextmanager
+def disabled(transformer: "Flux2Transformer2DModel") -> Iterator[None]:
+    """The base alone, while this lasts. What is trained is so again after it."""
+    before = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+        for parameter, trained in before:  # peft takes every active adapter for trained
+            parameter.requires_grad_(trained)
+
+
+def block_kind(name: str) -> str:
+    """Of a module or parameter in a block: double_attn, double_ff or single.
+
+    A single block's attention and feed-forward are one matrix.
+    """
+    if name.startswith("single_"):
+        return "single"
+    return "double_attn" if ".attn." in name else "double_ff"
+
+
+@torch.no_grad()
+def update_norms(transformer: nn.Module) -> dict[str, Tensor]:
+    """Frobenius norm of the whole update by kind of block, on the device; no host waits for it.
+
+    |s B A|^2 = s^2 sum((B^T B) * (A A^T)): r x r numbers a module, never out x in.
+    """
+    squares: dict[str, list[Tensor]] = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            pair = (module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight)
+            down, up = cast(tuple[Tensor, Tensor], pair)
+            inner = (up.T @ up) * (down @ down.T)
+            square = module.scaling[ADAPTER_NAME] ** 2 * inner.sum()
+            squares.setdefault(block_kind(name), []).append(square)
+    return {
+        kind: torch.stack(some).sum().clamp(min=0).sqrt() for kind, some in sorted(squares.items())
+    }
+
+
+@torch.no_grad()
+def gradient_norms(transformer: nn.Module) -> dict[str, Tensor]:
+    """Norm of the gradient by kind of block, on the device."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in transformer.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(block_kind(name), []).append(parameter.grad)
+    return {kind: nn.utils.get_total_norm(some) for kind, some in sorted(groups.items())}
 
 
 @torch.no_grad()

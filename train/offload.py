@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from train import transfer
 from train.errors import ConfigError
@@ -219,7 +218,7 @@ def attach(
 
     After adapters are attached: trainable weights stay on the device. The model may lie anywhere;
     RAM grows by a block at a time. From here on its `state_dict` finds the streamed weights in RAM,
-    DDP leaves the frozen ones alone, and loading into them, merging or casting isn't possible.
+    and loading into them, merging or casting isn't possible.
     Raises ConfigError for more blocks than there are and MachineError without enough RAM that can
     be page-locked.
     """
@@ -236,7 +235,6 @@ def attach(
         rings.append(Ring(group, device=device, slots=slots, lane=lane))
         for number, block in enumerate(group):
             _watch(block, ring=rings[-1], number=number)
-    keep_from_ddp(transformer)
     transformer.to(device)
     on_device = staying + sum(len(ring.slots) * ring.layout.size for ring in rings)
     host = sum(len(ring.host) * ring.layout.size for ring in rings)
@@ -276,14 +274,3 @@ def _watch(block: nn.Module, *, ring: Ring, number: int) -> None:
     block.register_forward_pre_hook(enter)
     block.register_forward_hook(leave)
     block.register_state_dict_post_hook(correct)
-
-
-def keep_from_ddp(model: nn.Module) -> None:
-    """Let DDP see the trainable weights only: every process has read the frozen ones itself.
-
-    It would send all of them at its start, and rank 0's buffers before each forward: whatever its
-    slots hold just then. Some types it can't send at all.
-    """
-    names = [name for name, p in model.named_parameters() if not p.requires_grad]
-    names += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

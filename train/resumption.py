@@ -29,6 +29,8 @@ FREE_TO_CHANGE = (
     "train.keep_checkpoints",
     "train.log_every",
     "preview.*",
+    "validation.every",
+    "validation.path",
     "track.*",
     "export.*",
     "memory.*",

@@ -107,6 +107,12 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-000030", "step-000040"]
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5)):
+        checkpoint.save(tmp_path, make(step), keep=1, best=best)
+        assert names(tmp_path) == sorted({f"step-{best:06d}", f"step-{step:06d}"})
+
+
 def test_a_checkpoint_just_saved_is_never_rotated_away(tmp_path):
     """As when a run resumes before its damaged newest ones."""
     save_all(tmp_path, 10, 30, 40)

@@ -258,22 +258,6 @@ def test_a_model_that_is_moved_goes_on():
     assert weight.data_ptr() == place
 
 
-def test_ddp_leaves_frozen_weights_alone():
-    """It would broadcast them at its start and buffers at each forward, and gloo can't fp8."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model, _ = streaming("int8", resident=4)
-        plain = lanes.loss(model, seed=1)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        assert torch.equal(lanes.loss(wrapped, seed=1), plain)
-        managed = [id(parameter) for parameter in wrapped._module_parameters]
-    finally:
-        torch.distributed.destroy_process_group()
-    assert managed == [id(parameter) for parameter in lora.trainable(model)]
-    assert wrapped.modules_buffers == []
-
-
 @pytest.mark.parametrize("model", ["dev", "klein"])
 def test_which_blocks_are_streamed(model):
     double, single = (8, 48) if model == "dev" else (5, 20)
