@@ -73,19 +73,22 @@ def assemble(
     memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
-    start: Adapter | None = None,
     sharded: bool = False,
+    start: Adapter | None = None,
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. start: a resumed run's, see `lora.attach`. sharded: over all
-    processes, with FSDP2.
+    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
+    run's, see `lora.attach`.
     Raises UserError where the machine can't do what is asked.
     """
     seed = randomness.derived_seed(config.seed, "lora")
     targets = lora.attach(transformer, config.lora, seed=seed, start=start)
+    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+        parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
+        parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
     if sharded:

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-EMA_BYTES = 4
-"""For each parameter of the adapter."""
-
 
 class Ema:
     """An exponential moving average in fp32, of which the optimizer knows nothing."""

@@ -17,12 +17,22 @@ CONTEXT = 600 * 10**6
 FRAGMENTATION = 0.03
 """Assumed, not measured yet: what the allocator reserves beyond what is allocated, a share."""
 
-STATE = {"adamw": 8.0, "adamw8bit": 2.0 + 2 * 4 / 256}
-"""Bytes a parameter that the optimizer keeps: two moments in fp32, or in 8 bits with a scale for
-256 of them."""
-SCRATCH = {"adamw": 4.0, "adamw8bit": 0.0}
-"""Bytes a parameter that the optimizer's step takes for its own time: torch's foreach AdamW makes
-the square roots of all second moments at once."""
+STATE = {
+    "adamw": 8.0,
+    "adamw8bit": 2.0 + 2 * 4 / 256,
+    "paged_adamw8bit": 2.0 + 2 * 4 / 256,
+    "lion8bit": 1.0 + 4 / 256,
+    "adafactor": 4.0,
+    "prodigy": 16.0,
+    "schedulefree": 8.0,
+    "muon": 4.0,
+}
+"""Bytes a parameter that the optimizer keeps: moments in fp32, or in 8 bits with a scale for 256 of
+them (pages count as if they stayed). At most: adafactor's rows and columns are so many at rank 1
+only, and prodigy doesn't keep a start at zero."""
+SCRATCH = dict.fromkeys(STATE, 0.0) | {"adamw": 4.0, "schedulefree": 4.0}
+"""Bytes a parameter that the optimizer's step takes for its own time: the foreach AdamWs make the
+square roots of all second moments at once."""
 WEIGHT = 4
 """Bytes of a LoRA weight, and of its gradient."""
 
@@ -141,13 +151,16 @@ def streamed(footprint: Footprint, *, resident: int) -> tuple[int, int]:
     return max(0, count - singles), min(count, singles)
 
 
-def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig) -> Need:
-    """What a step takes at most, with the optimizer's state already there."""
+def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:
+    """What a step takes at most, with the optimizer's state already there.
+
+    ema: an average of the adapter is kept beside it.
+    """
     weights, pinned = _placed(footprint, resident=choice.resident)
     adapter = footprint.parameters * WEIGHT
     gradients = adapter
     held = weights + adapter + round(footprint.parameters * STATE[optim.name])
-    held += gradients if footprint.accumulated else 0
+    held += (gradients if footprint.accumulated else 0) + (adapter if ema else 0)
     level, peak, where, ram = held, held, "weights", pinned
     for name, passage in _timeline(footprint, choice):
         if level + passage.peak > peak:
@@ -163,7 +176,12 @@ def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig) -> Need
 
 
 def decide(
-    footprint: Footprint, memory: MemoryConfig, *, optim: OptimConfig, budget: int | None
+    footprint: Footprint,
+    memory: MemoryConfig,
+    *,
+    optim: OptimConfig,
+    budget: int | None,
+    ema: bool = False,
 ) -> Decision:
     """Concrete memory settings for so many bytes that torch may allocate.
 
@@ -175,12 +193,12 @@ def decide(
     choices = list(_choices(footprint, memory))
     if budget is None:
         safe = next((c for c in choices if len(c.recomputed) == len(footprint.blocks)), choices[0])
-        return Decision(safe, measure(footprint, safe, optim=optim), fits=True)
+        return Decision(safe, measure(footprint, safe, optim=optim, ema=ema), fits=True)
     for choice in choices:
-        need = measure(footprint, choice, optim=optim)
+        need = measure(footprint, choice, optim=optim, ema=ema)
         if need.gpu <= budget:
             return Decision(choice, need, fits=True)
-    return Decision(choices[-1], measure(footprint, choices[-1], optim=optim), fits=False)
+    return Decision(choices[-1], measure(footprint, choices[-1], optim=optim, ema=ema), fits=False)
 
 
 def _choices(footprint: Footprint, memory: MemoryConfig) -> Iterator[Choice]:

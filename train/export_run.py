@@ -1,7 +1,6 @@
 """`kindling export`: a run, or one of its checkpoints, to an adapter file with its certificate."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "--weights", choices=["average", "last"], help="instead of the config's export.weights"
     )
     arguments = parser.parse_args(argv)
-    changes = [f"export.weights={arguments.weights}"] if arguments.weights else []
-    run, config, chosen = _find(arguments.run, changes)
+    run, config, chosen = _find(arguments.run, weights=arguments.weights)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
@@ -147,8 +145,12 @@ def weights_of(config: Config) -> str:
     return "last"
 
 
-def _find(path: Path, changes: Sequence[str]) -> tuple[Path, Config, Chosen]:
-    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s."""
+def _find(path: Path, *, weights: str | None) -> tuple[Path, Config, Chosen]:
+    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s.
+
+    weights: in place of the config's.
+    """
+    changes = [f"export.weights={weights}"] if weights else []
     if (path / checkpoint.MANIFEST).is_file():
         run, saved = path.parent.parent, checkpoint.load(path)
         chosen = _named(saved, _history(saved), rule="named", reason="by the user")

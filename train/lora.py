@@ -147,9 +147,8 @@ def _add_start(
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         _add(transformer, lora, targets, name=START_NAME, dropout=0.0)
     transformer.set_adapters([ADAPTER_NAME, START_NAME])
-    for kind in ("lora_A", "lora_B"):
-        for _, parameter in _lora_weights(transformer, kind, adapter=START_NAME):
-            parameter.requires_grad_(False)
+    for parameter in start_parameters(transformer):
+        parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -184,6 +183,12 @@ def trainable(transformer: nn.Module) -> list[nn.Parameter]:
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
+def start_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """Those of the frozen adapter that PiSSA's start is taken off by."""
+    kinds = ("lora_A", "lora_B")
+    return [p for kind in kinds for _, p in _lora_weights(transformer, kind, adapter=START_NAME)]
+
+
 def trainable_up(transformer: nn.Module) -> list[nn.Parameter]:
     """Those of them that are up matrices (lora_B)."""
     return [parameter for _, parameter in _lora_weights(transformer, "lora_B")]
@@ -204,13 +209,14 @@ def read(transformer: nn.Module, lora: LoraConfig, *, adapter: str = ADAPTER_NAM
 @contextmanager
 def disabled(transformer: "Flux2Transformer2DModel") -> Iterator[None]:
     """The base alone, while this lasts. What is trained is so again after it."""
-    before = [p.requires_grad for p in transformer.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
     transformer.disable_adapters()
     try:
         yield
     finally:
         transformer.enable_adapters()
-    assert [p.requires_grad for p in transformer.parameters()] == before
+        for parameter, trained in before:  # peft takes every active adapter for trained
+            parameter.requires_grad_(trained)
 
 
 def block_kind(name: str) -> str:

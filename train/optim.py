@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, through the libraries that own them.
 
-Owns how a config's settings become a library's, and what an optimizer's state weighs. What else is
-kept of the weights (averages) is `average`'s.
+Owns how a config's settings become a library's. What else is kept of the weights (averages) is
+`average`'s, what an optimizer's state weighs `budget`'s.
 """
 
 import math
@@ -21,9 +21,6 @@ PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}
 
 CHANGEABLE = ("weight_decay", "eps")
 """Settings that a resumed run may have otherwise; the learning rate is set at each step."""
-
-MIN_8BIT, BLOCK_8BIT = 4096, 256
-"""bitsandbytes: elements from which on a tensor's moments have 8 bits; elements to a scale."""
 
 
 def require(optim: OptimConfig) -> None:
@@ -129,21 +126,3 @@ def used_rate(optim: OptimConfig, optimizer: torch.optim.Optimizer) -> float:
     """The learning rate as it is, for prodigy with what it has found so far."""
     group = optimizer.param_groups[0]
     return group["lr"] * group["d"] if optim.name == "prodigy" else group["lr"]
-
-
-def state_bytes(name: str, shape: tuple[int, int], *, zero: bool = False) -> int:
-    """Bytes of an optimizer's state for one fp32 parameter, counters of a few bytes left out.
-
-    zero: it starts at zero, as LoRA's up matrices do; prodigy doesn't keep that start.
-    """
-    elements = shape[0] * shape[1]
-    moments = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}.get(name)
-    if moments is not None:
-        if elements < MIN_8BIT:
-            return 4 * moments * elements
-        return moments * (elements + 4 * math.ceil(elements / BLOCK_8BIT))
-    if name == "adafactor":
-        return 4 * (shape[0] + shape[1])
-    if name == "prodigy" and zero:
-        return 4 * 3 * elements
-    return 4 * {"adamw": 2, "schedulefree": 2, "prodigy": 4, "muon": 1}[name] * elements

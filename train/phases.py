@@ -156,7 +156,9 @@ def _train(
 ) -> Phase:
     one = gpu and step_seconds(facts, step_of(config, pictures), metered, decision.choice, gpu=gpu)
     seconds = one and one * config.train.accumulate * config.train.steps
-    state = metered.parameters * (budget.WEIGHT + budget.STATE[config.optim.name])
+    averages = config.train.ema is not None or config.optim.name == "schedulefree"
+    parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own
+    state = metered.parameters * (parts * budget.WEIGHT + budget.STATE[config.optim.name])
     due = config.train.steps // config.train.checkpoint_every + 1
     disk = int(state * min(due, config.train.keep_checkpoints + 1))
     return Phase(

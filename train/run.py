@@ -141,7 +141,7 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
         encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
     if export_run.weights_of(config) != "last":
-        lines.append(f"previews and the export show the {export_run.weights_of(config)}")
+        lines.append(f"previews, checks and the export show the {export_run.weights_of(config)}")
     sources = dict(prepared.trial.sources) if prepared.trial else {}
     sources |= {
         r.caption: r.caption_source for one in prepared.sets for r in one.collection.records
@@ -218,8 +218,8 @@ def _build(
         memory=memory,
         device=device,
         dtype=base.dtype,
-        start=saved.start if saved else None,
         sharded=sharded,
+        start=saved.start if saved else None,
     )
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0

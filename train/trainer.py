@@ -127,7 +127,8 @@ class Trainer:
         self._optimizer.step()
         if self._average is not None:
             self._average.update(done)
-        details |= _named("lora_norm", lora.update_norms(self._transformer)) if shown else {}
+        if shown and self._start is None:  # PiSSA's is the norm of a difference, kept on the CPU
+            details |= _named("lora_norm", lora.update_norms(self._transformer))
         self._settle()
         wish = total.new_full((), self.wish.signal is not None)
         sums = accelerator.reduce(torch.stack([total, wish]), "sum")
@@ -171,7 +172,8 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
         if self._average is not None:
-            lora.write(self._transformer, saved.average or saved.adapter)  # train.ema may be new
+            average = saved.average or saved.adapter  # train.ema may be new
+            lora.write(self._transformer, average)
             self._average.restart()
         lora.write(self._transformer, saved.adapter)
         optim.restore(self._optimizer, saved.optimizer)
@@ -206,8 +208,7 @@ class Trainer:
         if self._watch:
             self._check_weights(done)
             with self._shown():
-                model = Model(self._transformer, self._base.dtype, self._guidance)
-                self._watch.check(done, model)
+                self._watch.check(done, Model(self._transformer, self._base.dtype, self._guidance))
         self._clock = time.monotonic()
 
     def finish(self) -> None:

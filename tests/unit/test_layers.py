@@ -57,9 +57,9 @@ LAYERS = {
     ],
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        *("train.optim", "train.average", "train.speed", "train.offload", "train.recompute"),
-        *("train.parallel", "train.checkpoint", "train.track", "train.trackers", "train.export"),
-        "train.comfyui",
+        "train.average",
+        *("train.optim", "train.speed", "train.offload", "train.recompute", "train.parallel"),
+        *("train.checkpoint", "train.track", "train.trackers", "train.export", "train.comfyui"),
         *("train.frozen", "train.names", "train.weights", "train.kept", "train.transformer"),
     ],
     4: [
