@@ -275,8 +275,8 @@ def _fit_for_training(
 ) -> Probe | None:
     """The target, if it, its size and its references will do. Unreadable files are noted before."""
     for name in draft.references:
-        if isinstance(probes[name], PictureError):
-            faults.append(Fault(draft.name, f"its reference {name} can't be used", skippable=True))
+        if fault := _fault_of_reference(probes[name]):
+            faults.append(Fault(draft.name, f"its reference {name} {fault}", skippable=True))
             return None
     target = probes[draft.name]
     if isinstance(target, PictureError):
@@ -287,6 +287,15 @@ def _fit_for_training(
         faults.append(Fault(draft.name, str(error), skippable=True))
         return None
     return target
+
+
+def _fault_of_reference(probe: Probe | PictureError) -> str:
+    side = buckets.REFERENCE_SIDE
+    if isinstance(probe, PictureError):
+        return "can't be used"
+    if min(probe.width, probe.height) < side:
+        return f"is {probe.width}x{probe.height}; a reference needs {side} pixels a side"
+    return ""
 
 
 def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":

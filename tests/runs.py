@@ -38,7 +38,7 @@ def make_pictures(folder: Path, *, sizes: Sequence[tuple[int, int]] = (SQUARE,) 
 
 
 def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> dict[str, Any]:
-    """A config's contents: 4 fast fp32 steps in `folder`; `sections` change single settings."""
+    """A config's contents: 4 fast fp32 steps in `folder` without checks; `sections` change some."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "output": str(folder / "runs"),
@@ -50,6 +50,7 @@ def settings(folder: Path, *, model: Path, pictures: Path, **sections: Any) -> d
         "optim": {"lr": 1e-3},
         "train": {"steps": 4, "batch_size": 2, "log_every": 1},
         "memory": {"gradient_checkpointing": "none"},
+        "validation": {"pictures": "off"},
         "export": {"dtype": "fp32"},
     }
     for name, section in sections.items():
@@ -107,30 +108,30 @@ def metrics(folder: Path, *, drop: Sequence[str] = ("seconds",)) -> list[dict[st
     return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
-def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+def environment() -> dict[str, str]:
+    """Of a run in a process of its own."""
+    plain = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **plain}
+
+
+ENGINES = {
+    "one": ("--cpu", "--num_processes", "1"),
+    "ddp": ("--multi_gpu", "--num_processes", "2"),
+    "fsdp2": ("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"),
+}
+"""Arguments of accelerate's launcher; with ACCELERATE_USE_CPU they mean CPUs."""
+
+
+def start(config: Path, *arguments: str, engine: str = "one") -> subprocess.Popen[str]:
     """`accelerate launch train.py` on the CPU, in a process group of its own."""
-    many = ["--multi_gpu"] if processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *many]
-    command += [
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *ENGINES[engine]]
+    command += ["--num_machines", "1", "--main_process_port", "0"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -138,9 +139,9 @@ def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen
     )
 
 
-def launch(config: Path, *arguments: str, processes: int = 1) -> str:
+def launch(config: Path, *arguments: str, engine: str = "one") -> str:
     """The same, to its end; the output."""
-    process = start(config, *arguments, processes=processes)
+    process = start(config, *arguments, engine=engine)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output

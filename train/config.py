@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from train.config_watch import PreviewConfig, TrackConfig, ValidationConfig
 from train.schema import (
     Below1,
     Count,
@@ -255,37 +256,12 @@ class SpeedConfig(Section):
     """Matrix products of the frozen weights in fp8, where base.quantize is fp8 and the GPU can."""
 
 
-class PreviewConfig(Section):
-    """Pictures made while training, with the real pipeline and fixed seeds."""
-
-    prompts: tuple[str, ...] = ()
-    """One picture each; none means no previews."""
-    every: Count = 250
-    """Steps between previews; there is one before the first step and one after the last."""
-    seed: Natural = 0
-    """Seed of the first prompt; the next ones count up."""
-    width: Pixels | None = None
-    """Pixels; none means the resolution of the data."""
-    height: Pixels | None = None
-    """Pixels; none means the resolution of the data."""
-    steps: Count = 28
-    """Denoising steps."""
-    guidance: Annotated[float, Field(ge=0.0, le=20.0)] = 4.0
-    """Guidance scale of the pipeline."""
-
-
-class TrackConfig(Section):
-    """Where metrics go, beside the console and metrics.jsonl."""
-
-    wandb: Literal["off", "online", "offline"] = "off"
-    """Weights & Biases; the key comes from `wandb login` or WANDB_API_KEY."""
-    project: Text = "kindling"
-    """Project in Weights & Biases."""
-
-
 class ExportConfig(Section):
-    """What the adapter file says of itself."""
+    """Which adapter is exported, and what its file says of itself."""
 
+    checkpoint: Literal["auto", "best", "last"] = "auto"
+    """best: by the loss on held-out pictures. auto: the best where pictures are held out, otherwise
+    the last."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of the exported weights."""
     title: str | None = None
@@ -330,6 +306,8 @@ class Config(Section):
     """Faster steps."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures made while training."""
+    validation: ValidationConfig = ValidationConfig()
+    """The loss on held-out pictures."""
     track: TrackConfig = TrackConfig()
     """Metrics."""
     export: ExportConfig = ExportConfig()
@@ -360,6 +338,15 @@ class Config(Section):
         if not self.preview.prompts:
             unused = "has no effect without preview.prompts; remove it or add prompts"
             problems |= {f"preview.{key}": unused for key in self.preview._changed()}
+        if self.export.checkpoint == "best" and self.validation.pictures in ("training", "off"):
+            problems["export.checkpoint"] = (
+                f"needs held-out pictures; validation.pictures is '{self.validation.pictures}'"
+            )
+        if "neutral_prompts" in self.validation._changed():  # of the defaults, such are left out
+            prompts = "\n".join(self.validation.neutral_prompts)
+            for trigger in filter(None, (data.trigger for data in self.sets)):
+                if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompts):
+                    problems["validation.neutral_prompts"] = f"has the trigger '{trigger}'"
         if problems:
             raise conflict(problems)
         return self

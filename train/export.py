@@ -70,6 +70,9 @@ class Facts:
     sigma_sampling: str
     training_shift: str
     inference_shift: str
+    checkpoint: str | None = None
+    """Which rule chose the checkpoint, and why that one."""
+    held_out_loss: float | None = None
     trigger: str | None = None
     title: str | None = None
     author: str | None = None
@@ -118,6 +121,8 @@ def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
         "kindling.sigma_sampling": facts.sigma_sampling,
         "kindling.training_shift": facts.training_shift,
         "kindling.inference_shift": facts.inference_shift,
+        "kindling.checkpoint": facts.checkpoint,
+        "kindling.held_out_loss": facts.held_out_loss,
     }
     return {key: str(value) for key, value in fields.items() if value is not None}
 

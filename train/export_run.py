@@ -1,6 +1,7 @@
 """`kindling export`: a run, or one of its checkpoints, to an adapter file with its certificate."""
 
 import argparse
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 
-from train import certify, checkpoint, config_load, export
+from train import certify, checkpoint, config_load, export, verdict
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
 from train.comfyui import Shape
-from train.config import Config
+from train.config import Config, ExportConfig
 from train.errors import CheckpointError
+from train.verdict import History
 
 CONFIG = "config.yaml"
 
@@ -24,60 +26,127 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--output", type=Path, help="default: RUN/NAME.safetensors")
     arguments = parser.parse_args(argv)
-    run, saved = _find(arguments.run)
-    config = config_load.load(run / CONFIG)
+    run, config, chosen = _find(arguments.run)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
-    transformer = base.load_transformer(device)
-    certificate = publish(config, base, transformer, saved, path=output)
+    transformer = base.load_transformer(device, cache=Path(config.cache))
+    certificate = publish(config, base, transformer, chosen, path=output)
     print(summary(certificate, output))
     return 0 if certificate["passed"] else 1
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint that is exported, and why it is that one."""
+
+    saved: Checkpoint
+    rule: str
+    """best, last or named."""
+    reason: str
+    held_out_loss: float | None = None
+    """Of this checkpoint, where pictures are held out and it was checked."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the certificate."""
+        return {
+            "step": self.saved.progress.step,
+            "rule": self.rule,
+            "reason": self.reason,
+            "held_out_loss": self.held_out_loss,
+        }
+
+
+def choose(run: Path, settings: ExportConfig) -> Chosen:
+    """The checkpoint of a run that `export.checkpoint` means.
+
+    Raises CheckpointError if none is good, or if the best is insisted on and can't be told or read.
+    """
+    newest, faults = checkpoint.newest_good(run / "checkpoints")
+    if newest is None:
+        raise CheckpointError("\n".join([f"{run}: no good checkpoint to export", *faults]))
+    last, insists = checkpoint.load(newest), settings.checkpoint == "best"
+    history = _history(last)
+    best = verdict.best(history.checks) if history else None
+    if settings.checkpoint == "last":
+        return _named(last, history, rule="last", reason="export.checkpoint is last")
+    if history is None or best is None:
+        reason = "no checkpoint has a loss on held-out pictures"
+        if insists:
+            raise CheckpointError(
+                f"{run}: export.checkpoint is best, but {reason}. Set it to last."
+            )
+        return _named(last, history, rule="last", reason=reason)
+    try:
+        saved = checkpoint.load(checkpoint.path_of(run / "checkpoints", best.step))
+    except CheckpointError as error:
+        if insists:
+            raise
+        return _named(last, history, rule="last", reason=f"the best can't be read: {error}")
+    reason = f"held-out loss {verdict.summary(best.losses)}, by the rule: {verdict.BEST_RULE}"
+    return _named(saved, history, rule="best", reason=reason)
+
+
+def _named(saved: Checkpoint, history: History | None, *, rule: str, reason: str) -> Chosen:
+    checks = history.checks if history else ()
+    losses = {check.step: check.loss for check in checks}
+    return Chosen(saved, rule, reason, losses.get(saved.progress.step))
+
+
+def _history(saved: Checkpoint) -> History | None:
+    """A checkpoint's checks, if they are of held-out pictures."""
+    facts = saved.progress.checks
+    history = History.of_json(facts) if facts else None
+    return history if history and history.held_out else None
+
+
 def publish(
-    config: Config, base: Base, transformer: Any, saved: Checkpoint, *, path: Path
+    config: Config, base: Base, transformer: Any, chosen: Chosen, *, path: Path
 ) -> dict[str, Any]:
     """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
 
     transformer: the base's, without adapters; it is handed back unchanged.
     """
-    metadata = export.describe(_facts(config, base, transformer, saved), saved.adapter)
+    saved = chosen.saved
+    metadata = export.describe(_facts(config, base, transformer, chosen), saved.adapter)
     export.write(saved.adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
     pipeline = base.pipeline(transformer=transformer)
     certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
+    certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
     return certificate
 
 
 def summary(certificate: dict[str, Any], path: Path) -> str:
     """Two or more lines for the console."""
-    size = path.stat().st_size / 1e6
+    facts = certificate["checkpoint"]
+    lines = f"checkpoint: {facts['rule']}, step {facts['step']}; {facts['reason']}\n"
+    lines += f"adapter: {path} ({path.stat().st_size / 1e6:.1f} MB)\n"
     if certificate["passed"]:
         return (
-            f"adapter: {path} ({size:.1f} MB)\n"
-            "certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
+            f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
         )
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
-    return f"adapter: {path} ({size:.1f} MB)\ncertificate: FAILED\n{reasons}"
+    return f"{lines}certificate: FAILED\n{reasons}"
 
 
-def _find(path: Path) -> tuple[Path, Checkpoint]:
-    """The run's folder and the checkpoint meant: the one named, or the newest good one."""
+def _find(path: Path) -> tuple[Path, Config, Chosen]:
+    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s."""
     if (path / checkpoint.MANIFEST).is_file():
-        return path.parent.parent, checkpoint.load(path)
+        run, saved = path.parent.parent, checkpoint.load(path)
+        chosen = _named(saved, _history(saved), rule="named", reason="by the user")
+        return run, config_load.load(run / CONFIG), chosen
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: not the folder of a run (it has no {CONFIG}) nor of a checkpoint. "
             "A run's folder is OUTPUT/NAME of its config, such as runs/demo."
         )
-    newest, faults = checkpoint.newest_good(path / "checkpoints")
-    if newest is None:
-        raise CheckpointError("\n".join([f"{path}: no good checkpoint to export", *faults]))
-    return path, checkpoint.load(newest)
+    config = config_load.load(path / CONFIG)
+    return path, config, choose(path, config.export)
 
 
-def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> export.Facts:
+def _facts(config: Config, base: Base, transformer: Any, chosen: Chosen) -> export.Facts:
+    saved = chosen.saved
     shape = Shape.of(transformer)
     embedded = transformer.config.guidance_embeds
     sampling = config.flow.sampling
@@ -92,6 +161,8 @@ def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> e
         shape=(shape.width, shape.double, shape.single),
         resolution=max(config.data.resolutions),
         steps=saved.progress.step,
+        checkpoint=f"{chosen.rule}: {chosen.reason}",
+        held_out_loss=chosen.held_out_loss,
         config_hash=config_load.digest(config),
         data_hash=saved.progress.origin.data,
         guidance=config.flow.guidance if embedded else None,

@@ -91,9 +91,7 @@ def _released(config: BaseConfig, name: str, *, source: str) -> Facts:
         "vae": VAE_BYTES[name] * VAE_PARAMETERS,
         "tokenizer and configs": SMALL,
     }
-    parts = [
-        Part(part, size, present=_there(snapshot, part, size)) for part, size in sizes.items()
-    ]
+    parts = [Part(part, size, present=_there(snapshot, part, size)) for part, size in sizes.items()]
     return Facts(
         name=config.model,
         source=source,

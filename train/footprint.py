@@ -154,9 +154,7 @@ class _Forward:
 
 
 @contextlib.contextmanager
-def _marked(
-    model: Any, blocks: Mapping[str, nn.Module], meter: Meter
-) -> Iterator[_Forward]:
+def _marked(model: Any, blocks: Mapping[str, nn.Module], meter: Meter) -> Iterator[_Forward]:
     """Marks at each block's start, at its backward's start, and behind the last block."""
     state, seen = _Forward(), set()
 

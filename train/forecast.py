@@ -84,9 +84,7 @@ def forecast(
         budget=None if limit is None else budget.allowed(limit),
     )
     listed = tuple(
-        phases.phases(
-            config, facts, pictures, metered=metered, decision=decision, gpu=room.gpu
-        )
+        phases.phases(config, facts, pictures, metered=metered, decision=decision, gpu=room.gpu)
     )
     lacking = tuple(_lacking(listed, facts, limit=limit, room=room))
     return Forecast(config, pictures, metered, decision, listed, limit, lacking)

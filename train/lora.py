@@ -6,11 +6,14 @@ are `export`'s and `checkpoint`'s.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from train.config import LoraConfig
@@ -116,6 +119,57 @@ def read(transformer: nn.Module, lora: LoraConfig) -> Adapter:
         }
 
     return Adapter(weights("lora_A"), weights("lora_B"), lora.rank, lora.scale * lora.rank)
+
+
+@contextmanager
+def disabled(transformer: "Flux2Transformer2DModel") -> Iterator[None]:
+    """The base alone, while this lasts. What is trained is so again after it."""
+    before = [p.requires_grad for p in transformer.parameters()]
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+    assert [p.requires_grad for p in transformer.parameters()] == before
+
+
+def block_kind(name: str) -> str:
+    """Of a module or parameter in a block: double_attn, double_ff or single.
+
+    A single block's attention and feed-forward are one matrix.
+    """
+    if name.startswith("single_"):
+        return "single"
+    return "double_attn" if ".attn." in name else "double_ff"
+
+
+@torch.no_grad()
+def update_norms(transformer: nn.Module) -> dict[str, Tensor]:
+    """Frobenius norm of the whole update by kind of block, on the device; no host waits for it.
+
+    |s B A|^2 = s^2 sum((B^T B) * (A A^T)): r x r numbers a module, never out x in.
+    """
+    squares: dict[str, list[Tensor]] = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            pair = (module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight)
+            down, up = cast(tuple[Tensor, Tensor], pair)
+            inner = (up.T @ up) * (down @ down.T)
+            square = module.scaling[ADAPTER_NAME] ** 2 * inner.sum()
+            squares.setdefault(block_kind(name), []).append(square)
+    return {
+        kind: torch.stack(some).sum().clamp(min=0).sqrt() for kind, some in sorted(squares.items())
+    }
+
+
+@torch.no_grad()
+def gradient_norms(transformer: nn.Module) -> dict[str, Tensor]:
+    """Norm of the gradient by kind of block, on the device."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in transformer.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(block_kind(name), []).append(parameter.grad)
+    return {kind: nn.utils.get_total_norm(some) for kind, some in sorted(groups.items())}
 
 
 @torch.no_grad()

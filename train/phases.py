@@ -93,14 +93,17 @@ def phases(
         _load(config, facts, metered, decision),
         _train(config, facts, pictures, metered=metered, decision=decision, gpu=gpu),
         *_preview(config, facts, pictures, decision=decision, gpu=gpu),
-        Phase("export, certificate", decision.need.held, PROCESS, 2 * metered.parameters,
-              EXPORT_SECONDS),
+        Phase(
+            "export, certificate",
+            decision.need.held,
+            PROCESS,
+            2 * metered.parameters,
+            EXPORT_SECONDS,
+        ),
     ]
 
 
-def _encode_pictures(
-    config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None
-) -> Phase:
+def _encode_pictures(config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None) -> Phase:
     largest = max((pictures.target, *pictures.references), key=lambda size: size.tokens)
     weights, taken, work = _vae(facts, largest, dtype=torch.float32, decode=False)
     channels = facts.transformer["in_channels"]
@@ -109,9 +112,7 @@ def _encode_pictures(
     return Phase("encode pictures", weights + taken, PROCESS, disk, seconds, f"at {largest}")
 
 
-def _encode_captions(
-    config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None
-) -> Phase:
+def _encode_captions(config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None) -> Phase:
     text, kind = facts.text, config.encode.text_quantize
     size = DTYPES[config.base.dtype].itemsize
     codes, scales = footprint.quantized_bytes(
@@ -153,9 +154,7 @@ def _train(
     decision: Decision,
     gpu: Gpu | None,
 ) -> Phase:
-    one = gpu and step_seconds(
-        facts, step_of(config, pictures), metered, decision.choice, gpu=gpu
-    )
+    one = gpu and step_seconds(facts, step_of(config, pictures), metered, decision.choice, gpu=gpu)
     seconds = one and one * config.train.accumulate * config.train.steps
     state = metered.parameters * (budget.WEIGHT + budget.STATE[config.optim.name])
     due = config.train.steps // config.train.checkpoint_every + 1

@@ -158,7 +158,7 @@ def text(plan_: Plan, *, measured: bool = False) -> str:
     for concept in sorted(set(plan_.concepts.values())):
         own = [c for c in plan_.chosen if plan_.concepts[c.picture.draft.name] == concept]
         trained = [c.repeats for c in own if c.part == TRAIN]
-        title = concept or "of no concept"
+        title = concept or ("of no concept" if any(plan_.concepts.values()) else "of all")
         shown = f"{sum(trained)} showings an epoch of {len(trained)}"
         lines.append(f"  {title}: {shown}, {len(own) - len(trained)} held out")
     lines += [f"  {note}" for note in plan_.idle]

@@ -312,10 +312,7 @@ def _marks(
 
 def _reference_geometries(record: Record) -> tuple[object, ...]:
     """What records of one batch must share besides their bucket."""
-    return tuple(
-        buckets.reference_geometry(*size) if min(size) >= buckets.REFERENCE_SIDE else size
-        for size in record.reference_sizes
-    )
+    return tuple(buckets.reference_geometry(*size) for size in record.reference_sizes)
 
 
 def _groups(keys: Iterable[str | None]) -> list[list[int]]:

@@ -100,3 +100,42 @@ def test_every_setting_has_a_description_and_words() -> None:
             assert field["description"], key
             if "$ref" not in field:
                 assert allowed(field), key
+
+
+def test_nothing_is_checked_with_settings_that_would_be_ignored() -> None:
+    unused = "has no effect with pictures: off; remove it"
+    assert problems(validation={"pictures": "off", "every": 10, "sigmas": 4}) == {
+        "validation.every": unused,
+        "validation.sigmas": unused,
+    }
+    assert problems(validation={"pictures": "training", "path": "x", "fraction": 0.2}) == {
+        "validation.path": "has no effect with pictures: training; remove one of them",
+        "validation.fraction": "has no effect where none of data are held out; remove it",
+    }
+
+
+@pytest.mark.parametrize("pictures", ["training", "off"])
+def test_the_best_needs_held_out_pictures(pictures: str) -> None:
+    found = problems(validation={"pictures": pictures}, export={"checkpoint": "best"})
+    assert found == {
+        "export.checkpoint": f"needs held-out pictures; validation.pictures is '{pictures}'"
+    }
+
+
+def test_neutral_prompts_have_no_trigger() -> None:
+    """As a whole word; of the default ones, those that have it are left out instead."""
+    data = {"path": "p", "trigger": "rain"}
+    own = {"neutral_prompts": ("a train", "no rain today")}
+    assert problems(data=data, validation=own) == {
+        "validation.neutral_prompts": "has the trigger 'rain'"
+    }
+    assert Config.model_validate(MINIMAL | {"data": data}).validation.neutral_prompts
+
+
+def test_a_project_needs_a_tracker_that_has_them() -> None:
+    for track in ({}, {"tensorboard": True}):
+        assert problems(track={"project": "mine", **track}) == {
+            "track.project": "has no effect without wandb or trackio; remove it"
+        }
+    for track in ({"wandb": "offline"}, {"trackio": True}):
+        assert Config.model_validate(MINIMAL | {"track": {"project": "mine", **track}})

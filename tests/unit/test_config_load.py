@@ -16,9 +16,7 @@ from train.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {path: p}\ntrain: {steps: 9}\n"
-SECTIONS = (
-    "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, track, export"
-)
+SECTIONS = "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, validation, track, export"
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +85,7 @@ SETTINGS = [
     ("flow: {shift: -1}", "4: flow.shift: must be 'tokens' or 'none', or a number above 0; got -1"),
     ("lora: 3", "4: lora: must be a section; got 3"),
     ("flow:\n  sampling: uniform\n  std: 2", "6: flow.std: has no effect with sampling: uniform; remove it"),
-    ("more_data: [{path: q, pth: r}]", "4: more_data, item 1.pth: unknown key; did you mean 'data.path'?"),
+    ("more_data: [{path: q, pth: r}]", "4: more_data, item 1.pth: unknown key; did you mean 'data.path' or 'validation.path'?"),
     ("more_data: [{resolution: 64}]", "4: more_data, item 1.path: missing; it must be text, not empty"),
     ("more_data: {path: q}", "4: more_data: must be a list of sections; got a mapping"),
     ("more_data: [{path: q, share: 1}]", "2: data: share must be set in data and in all of more_data, or in none"),
@@ -289,12 +287,14 @@ def test_digest_is_of_the_values_not_of_the_text() -> None:
     assert digest(config) == hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def test_synonyms_are_keys() -> None:
-    config = load(write(MINIMAL)).model_dump()
-    for name in SYNONYMS.values():
-        value = config
-        for part in name.split("."):
-            value = value[part]
+@pytest.mark.parametrize("name", sorted(set(SYNONYMS.values())))
+def test_a_synonym_is_of_a_setting(name: str) -> None:
+    *sections, key = name.split(".")
+    value = load(write(MINIMAL)).model_dump()
+    for section in sections:
+        value = value[section]
+    assert key in value
+    assert not isinstance(value[key], dict), "a section is no setting"
 
 
 def test_schema_file_is_up_to_date() -> None:

@@ -191,3 +191,42 @@ def test_an_adapter_that_does_not_fit_is_refused(misfit):
         down[name] = torch.zeros(8, 32)
     with pytest.raises(CheckpointError, match=re.escape("other modules or ranks than this config")):
         lora.write(transformer, dataclasses.replace(adapter, down=down))
+
+
+def test_norms_of_updates_are_those_of_the_whole_matrices():
+    """By kind of block; the update is never made in training."""
+    transformer, config = attached(alpha=6.0)
+    adapter = randomized(lora.read(transformer, config))
+    lora.write(transformer, adapter)
+    adapter = lora.read(transformer, config)
+    squares = {"double_attn": 0.0, "double_ff": 0.0, "single": 0.0}
+    for module in adapter.down:
+        kind = "single" if "single" in module else "double_ff" if ".ff" in module else "double_attn"
+        squares[kind] += adapter.delta(module).square().sum().item()
+    found = lora.update_norms(transformer)
+    assert {kind: norm.item() for kind, norm in found.items()} == pytest.approx(
+        {kind: square**0.5 for kind, square in squares.items()}, rel=1e-5
+    )
+
+
+def test_norms_of_gradients_add_up_to_the_whole():
+    transformer, _ = attached()
+    for parameter in lora.trainable(transformer):
+        parameter.grad = torch.randn_like(parameter)
+    found = lora.gradient_norms(transformer)
+    assert set(found) == {"double_attn", "double_ff", "single"}
+    whole = torch.nn.utils.clip_grad_norm_(lora.trainable(transformer), 1.0)
+    assert sum(norm**2 for norm in found.values()) ** 0.5 == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_disabled_is_the_base_and_ends():
+    transformer, config = attached()
+    lora.write(transformer, randomized(lora.read(transformer, config)))
+    module: Any = transformer.get_submodule("transformer_blocks.0.attn.to_q")
+    inputs = torch.randn(3, module.in_features)
+    adapted = module(inputs)
+    with lora.disabled(transformer):
+        assert torch.equal(module(inputs), module.base_layer(inputs))
+        assert lora.trainable(transformer) == []
+    assert torch.equal(module(inputs), adapted)
+    assert len(lora.trainable(transformer)) == 2 * len(lora.read(transformer, config).down)

@@ -301,18 +301,6 @@ def test_references_come_from_metadata_into_a_batch(tmp_path, dev_folder, monkey
     assert [r.shape for r in batch.references] == [(2, 16, 4, 6), (2, 16, 6, 9)]
 
 
-def test_a_reference_that_is_too_small_is_named(tmp_path, dev_folder):
-    folder = runs.make_pictures(tmp_path / "data", sizes=[runs.SQUARE, (100, 63)])
-    write_metadata(folder, **{"0": ["1.png"]})
-    config = runs.make_config(tmp_path / "run", model=dev_folder, pictures=folder)
-    with pytest.raises(DataError) as caught:
-        prepare.prepare(config, resolve(config.base), accelerator=Accelerator())
-    assert str(caught.value) == (
-        "references need 64 pixels a side; give larger ones:\n"
-        "  0.png: its reference 1.png is 100x63"
-    )
-
-
 def test_shares_leave_nothing_out_however_late_a_process_starts(tmp_path, first, dev_folder):
     """It sees some of the others' entries and must not shift its share by them."""
     found = resolve(BaseConfig(model=str(dev_folder)))

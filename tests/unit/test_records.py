@@ -163,6 +163,17 @@ def test_what_is_proven_is_not_decoded(tmp_path: Path) -> None:
     assert records.survey(settings(tmp_path), proven={cut}, progress=False).faults == ()
 
 
+def test_a_reference_that_is_too_small_is_named(tmp_path: Path) -> None:
+    hostile.picture(tmp_path / "a.png")
+    hostile.picture(tmp_path / "b.png", width=100, height=63)
+    table(tmp_path, {"file_name": "a.png", "text": "x", "references": ["b.png"]})
+    found = survey(tmp_path)
+    assert [(fault.path, fault.reason) for fault in found.faults] == [
+        ("a.png", "its reference b.png is 100x63; a reference needs 64 pixels a side")
+    ]
+    assert not found.records
+
+
 # ---- the data set as a whole
 
 

@@ -1,0 +1,104 @@
+"""A loaded base becomes what is trained: adapter, places of the weights, recomputation, kernels.
+
+Owns the order of these, for a run and for the benchmarks alike. What each of them does is its own
+module's. The base comes loaded, and quantised where the config says so.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from train import frozen, lora, offload, parallel, randomness, recompute, speed
+from train.config import Config, MemoryConfig
+from train.errors import ConfigError
+from train.transformer import Place
+
+if TYPE_CHECKING:
+    from diffusers import Flux2Transformer2DModel
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory settings in numbers, nothing left to decide."""
+
+    blocks: tuple[int, int]
+    """Double and single ones of the base."""
+    resident: int
+    """Blocks whose weights stay on the GPU."""
+    recomputed: frozenset[int]
+    """Blocks whose activations are recomputed, numbered through."""
+    offload_activations: bool
+
+    @classmethod
+    def of(cls, memory: MemoryConfig, *, double: int, single: int) -> "Memory":
+        """Of settings without auto. Raises ConfigError for more blocks than there are."""
+        assert memory.resident_blocks != "auto"
+        assert memory.gradient_checkpointing != "auto"
+        blocks = double + single
+        resident = blocks if memory.resident_blocks == "all" else memory.resident_blocks
+        offload.streamed(double, single, resident=resident)
+        recomputed = recompute.chosen(blocks, memory.gradient_checkpointing)
+        return cls((double, single), resident, recomputed, memory.offload_activations)
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the blocks whose weights are in RAM."""
+        return offload.streamed(*self.blocks, resident=self.resident)
+
+    def place(self, device: torch.device) -> Place:
+        """For the loader: streamed blocks' weights never stay on the device."""
+        away = tuple(f"{name}." for name in self.streamed)
+        return lambda name: torch.device("cpu") if name.startswith(away) else device
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A transformer that is ready to be trained, and the way back."""
+
+    targets: list[str]
+    """Modules that the adapter is on."""
+    undo: ExitStack
+    """Closing it leaves the base with its adapter and nothing else; do so before unloading that."""
+
+
+def assemble(
+    transformer: "Flux2Transformer2DModel",
+    config: Config,
+    *,
+    memory: Memory,
+    device: torch.device,
+    dtype: torch.dtype,
+    sharded: bool = False,
+) -> Assembled:
+    """Attach a fresh adapter, then place, recompute and speed up as the config says.
+
+    The order matters: streaming must find the frozen weights under the adapter, recomputation must
+    stream again, and what is compiled must be neither's hooks.
+    dtype: what the blocks compute in. sharded: over all processes, with FSDP2.
+    Raises UserError where the machine can't do what is asked.
+    """
+    targets = lora.attach(
+        transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora")
+    )
+    undo = ExitStack()
+    if sharded:
+        if memory.streamed:
+            raise ConfigError(
+                "memory.resident_blocks: a base that FSDP2 shards can't be streamed, too. Write "
+                "all, or launch without FSDP."
+            )
+        parallel.shard(transformer, trainable=lora.trainable(transformer), device=device)
+    elif memory.streamed:
+        offload.attach(transformer, resident=memory.resident, device=device)
+    if memory.recomputed:
+        offloads = memory.offload_activations
+        recompute.enable(
+            transformer, memory.recomputed, offload_activations=offloads, device=device
+        )
+        undo.callback(transformer.disable_gradient_checkpointing)
+    if config.speed.fp8_matmul:
+        frozen.use_fp8_matmul(transformer, device)
+    undo.push(speed.apply(transformer, config.speed, device=device, dtype=dtype))
+    return Assembled(targets, undo)
