@@ -32,6 +32,8 @@ CAPTION_TOKENS = 120
 """Assumed where pads are stored once: tokens of a caption, its template included."""
 FLOAT32_SHARE = 1 / 8
 """Assumed: rate of the VAE's fp32 convolutions against that of bf16 matrix products."""
+TEXT_BYTES = {"int8": 1 + 4 / 4096, "nf4": 0.5 + 4 / 64}
+"""Bytes a weight of bitsandbytes' Linears: a scale a row, or a maximum for 64."""
 EXPORT_SECONDS = 60.0
 """Assumed: two loads of the adapter and the certificate's comparisons."""
 
@@ -73,6 +75,8 @@ def step_of(config: Config, pictures: Pictures) -> footprint.Step:
         accumulated=config.train.accumulate > 1,
         dtype=DTYPES[config.base.dtype],
         quantize=config.base.quantize,
+        fp8_matmul=config.speed.fp8_matmul,
+        attention="native" if config.speed.attention == "auto" else config.speed.attention,
     )
 
 
@@ -115,14 +119,12 @@ def _encode_pictures(config: Config, facts: Facts, pictures: Pictures, *, gpu: G
 def _encode_captions(config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None) -> Phase:
     text, kind = facts.text, config.encode.text_quantize
     size = DTYPES[config.base.dtype].itemsize
-    codes, scales = footprint.quantized_bytes(
-        kind, rows=text.linears // text.width, columns=text.width, size=size
-    )
+    matrices = int(text.linears * TEXT_BYTES.get(kind, size))
     embedding = text.parameters(0) * size
     states = (text.used + 1) * MAX_TEXT_TOKENS * text.width * size
     layer = MAX_TEXT_TOKENS * (3 * text.inner + 6 * text.width) * size
     matrix = 0 if kind == "none" else text.width * text.inner * size
-    gpu_bytes = embedding + text.used * (codes + scales) + states + layer + matrix
+    gpu_bytes = embedding + text.used * matrices + states + layer + matrix
     row = facts.transformer["joint_attention_dim"] * size
     row = row / 2 * (1 + 4 / 128) if config.encode.text_storage == "8bit" else row
     captions = pictures.captions + 1 + len(config.preview.prompts)
@@ -211,11 +213,10 @@ def step_seconds(
         in_blocks = metered.weights - metered.others
         plain = _block_parameters(facts) * step.dtype.itemsize
         seconds += (2 + again) * (in_blocks + 2 * plain) / gpu.bandwidth
-    doubles, singles = budget.streamed(metered, resident=choice.resident)
-    sizes = {block.single: block.weights for block in metered.blocks}
-    moved = 2 * (doubles * sizes.get(False, 0) + singles * sizes.get(True, 0))
+    away = budget.streamed(metered, resident=choice.resident)
+    moved = 2 * sum(block.weights for block in away)
     if choice.offload:
-        moved += budget.starts(metered, choice)
+        moved += 2 * budget.starts(metered, choice)
     return max(seconds, moved / (gpu.link * LINK_SHARE))
 
 

@@ -187,14 +187,16 @@ def _step(found: "Forecast") -> str:
 
     need, choice, config = found.decision.need, found.decision.choice, found.config
     adapter = found.metered.parameters
-    doubles, singles = budget.streamed(found.metered, resident=choice.resident)
+    away = budget.streamed(found.metered, resident=choice.resident)
     lines = [
         f"training step: {_gb(need.held)} held (weights in {_kind(config)}, adapter of "
         f"{adapter / 1e6:.1f}M in fp32, {config.optim.name}), {_gb(need.gpu - need.held)} more at "
         f"most; {_gb(budget.needed(need.gpu))} with context and slack",
-        "memory: " + budget.shown(choice, blocks=found.metered.blocks),
+        "memory: " + budget.shown(choice, blocks=len(found.metered.blocks)),
     ]
-    if doubles + singles:
+    if away:
+        singles = sum(block.single for block in away)
+        doubles = len(away) - singles
         lines.append(
             f"streamed: {singles} single and {doubles} double blocks, {_gb(need.ram)} pinned RAM"
         )
@@ -277,7 +279,10 @@ def as_json(
         "pictures": asdict(found.pictures),
         "parts": [asdict(part) for part in facts.parts],
         "phases": [asdict(phase) for phase in found.phases],
-        "choice": asdict(found.decision.choice),
+        "choice": {
+            **asdict(found.decision.choice),
+            "recomputed": sorted(found.decision.choice.recomputed),
+        },
         "need": asdict(found.decision.need),
         "remedy": remedy and dict(remedy.changes),
     }

@@ -33,7 +33,6 @@ LAYERS = {
             "train.texts",
             "train.usage",
             "train.meter",
-            "train.budget",
             "train.machine",
             "train.randomness",
             "train.order",
@@ -62,6 +61,7 @@ LAYERS = {
     ],
     4: [
         *("train.objective", "train.sample", "train.certify", "train.split", "train.facts"),
+        "train.budget",
         "train.validate",
         "data_tools.caption.captioners.*",
     ],
