@@ -21,7 +21,7 @@ from train.footprint import Step
 from train.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
 from train.meter import Meter, gpu_kernels
 from train.texts import SCALED
-from train.validate import DRIFT_LEVELS
+from train.validate import DRIFT_STEPS
 
 PROCESS = 4 * 10**9
 """Assumed, not measured yet: RAM of the process, with torch, diffusers and batches read ahead."""
@@ -233,7 +233,7 @@ def _validation(case: Case) -> list[Phase]:
     if settings.pictures == "off":
         return []
     passes = settings.max_pictures * settings.sigmas
-    passes += len(settings.neutral_prompts) * DRIFT_LEVELS
+    passes += len(settings.neutral_prompts) * DRIFT_STEPS
     rounds = train.steps // (settings.every or train.checkpoint_every) + 2
     work = sum(forward_work(case.facts, replace(case.step, batch_size=1))) * passes * rounds
     taken = case.between + case.meters.forward(case.config.lora, case.step)
