@@ -23,9 +23,10 @@ class CrashError(Exception):
     """The run dies here."""
 
 
-def passed(certificate: Path) -> bool:
-    """What a certificate says."""
-    return json.loads(certificate.read_text(encoding="utf-8"))["passed"]
+def passed_on(certificate: Path) -> str | None:
+    """How the base was kept that a certificate passes on; None if it doesn't."""
+    found = json.loads(certificate.read_text(encoding="utf-8"))
+    return found["transformer"]["quantize"] if found["passed"] else None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +63,7 @@ def test_a_run_resumes_to_the_bit_on_the_kept_copy(
     assert seen
     assert not any(file.is_relative_to(dev_folder) for file in seen)
     assert len(list((whole / "previews").iterdir())) == 2
-    assert passed(whole / "tiny.certificate.json")
+    assert passed_on(whole / "tiny.certificate.json") == kind
     assert export_run.main([str(whole), "--output", str(whole / "again.safetensors")]) == 0
     assert compare.main([str(whole)]) == 0
 
@@ -100,7 +101,7 @@ def test_a_single_file_trains_as_the_folder_does(train_run: TrainRun, single, de
     base = {"model": str(bare), "transformer": str(single)}
     single_run = train_run("single", base=base, **steps)
     assert runs.adapter_change(folder, single_run) == 0
-    assert passed(single_run / "tiny.certificate.json")
+    assert passed_on(single_run / "tiny.certificate.json") == "none"
 
 
 def test_another_file_under_the_same_name_is_another_base(train_run: TrainRun, single):
