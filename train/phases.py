@@ -5,7 +5,7 @@ by `budget`; what the base is, `facts` says. Each figure is computed from shapes
 here says that it is assumed. Bytes and seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,7 +154,8 @@ def _train(
     decision: Decision,
     gpu: Gpu | None,
 ) -> Phase:
-    one = gpu and step_seconds(facts, step_of(config, pictures), metered, decision.choice, gpu=gpu)
+    step = step_of(config, pictures)
+    one = gpu and step_seconds(facts.transformer, step, metered, decision.choice, gpu=gpu)
     seconds = one and one * config.train.accumulate * config.train.steps
     state = metered.parameters * (budget.WEIGHT + budget.STATE[config.optim.name])
     due = config.train.steps // config.train.checkpoint_every + 1
@@ -184,7 +185,7 @@ def _preview(
     # the last step's gradients are still there, among what is held if batches are accumulated
     held = decision.need.held + (0 if config.train.accumulate > 1 else decision.need.gradients)
     times = preview.steps * (2 if facts.klein and preview.guidance > 1 else 1)
-    forward = sum(forward_work(facts, step))
+    forward = sum(forward_work(facts.transformer, step))
     rounds = config.train.steps // preview.every + 2
     count = rounds * len(preview.prompts)
     seconds = gpu and count * (times * forward + work) / _rate(gpu)
@@ -195,21 +196,26 @@ def _preview(
 
 
 def step_seconds(
-    facts: Facts, step: footprint.Step, metered: Footprint, choice: Choice, *, gpu: Gpu
+    config: Mapping[str, Any],
+    step: footprint.Step,
+    metered: Footprint,
+    choice: Choice,
+    *,
+    gpu: Gpu,
 ) -> float:
-    """One batch, forward and backward, by its operations.
+    """One batch, forward and backward, by its operations. config: see `forward_work`.
 
     Frozen weights take two passes (forward, and the gradient of the input), attention three and a
     half, and each recomputed block another forward. Restoring quantised weights moves them through
     the GPU's memory each time. Streaming runs beside it, and counts where it takes longer.
     """
-    matrices, attention = forward_work(facts, step)
+    matrices, attention = forward_work(config, step)
     again = len(choice.recomputed) / max(1, len(metered.blocks))
     work = matrices * (2 + again) + attention * (3.5 + again)
     seconds = work / _rate(gpu)
     if step.quantize != "none":
         in_blocks = metered.weights - metered.others
-        plain = _block_parameters(facts) * step.dtype.itemsize
+        plain = _block_parameters(config) * step.dtype.itemsize
         seconds += (2 + again) * (in_blocks + 2 * plain) / gpu.bandwidth
     doubles, singles = budget.streamed(metered, resident=choice.resident)
     sizes = {block.single: block.weights for block in metered.blocks}
@@ -219,13 +225,12 @@ def step_seconds(
     return max(seconds, moved / (gpu.link * LINK_SHARE))
 
 
-def forward_work(facts: Facts, step: footprint.Step) -> tuple[float, float]:
+def forward_work(config: Mapping[str, Any], step: footprint.Step) -> tuple[float, float]:
     """Operations of a forward pass: matrix products of the frozen weights, attention.
 
-    A double block has 13 D² weights for pictures' tokens and as many for the text's, a single one
-    13 D² for all; attention is 4 S² D a block.
+    config: the arguments of Flux2Transformer2DModel. A double block has 13 D² weights for pictures'
+    tokens and as many for the text's, a single one 13 D² for all; attention is 4 S² D a block.
     """
-    config = facts.transformer
     width = config["attention_head_dim"] * config["num_attention_heads"]
     tokens = step.target.tokens + sum(size.tokens for size in step.references) + step.text_tokens
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -233,8 +238,7 @@ def forward_work(facts: Facts, step: footprint.Step) -> tuple[float, float]:
     return matrices * step.batch_size, 4.0 * tokens**2 * width * blocks * step.batch_size
 
 
-def _block_parameters(facts: Facts) -> int:
-    config = facts.transformer
+def _block_parameters(config: Mapping[str, Any]) -> int:
     width = config["attention_head_dim"] * config["num_attention_heads"]
     return (26 * config["num_layers"] + 13 * config["num_single_layers"]) * width**2
 
