@@ -21,6 +21,9 @@ from train.errors import ConfigError, bullet_list
 from train.names import Home
 from train.stored import Stored, ahead, read_header
 
+CLASS = "Flux2Transformer2DModel"
+"""diffusers' name of it."""
+
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 
@@ -51,7 +54,7 @@ class Weight:
 
     values: Tensor
     scale: Tensor | None
-    """fp32, (1, 1) or (rows, 1): what fp8 values have to be multiplied by."""
+    """fp32, 1 or as many rows, of as many dimensions as values: what those are multiplied by."""
 
     def to(self, device: torch.device) -> "Weight":
         """On another device, in the stored type."""
@@ -76,7 +79,7 @@ class Piece:
         """On the CPU."""
         scale = None
         if self.scale is not None:
-            scale = self.scale.read().float().reshape(-1, 1)
+            scale = self.scale.read().float().reshape(-1, *(1 for _ in self.stored.shape[1:]))
             if self.home.rows and len(scale) > 1:
                 scale = scale[slice(*self.home.rows)]
         values = self.stored.read(self.home.rows)
@@ -90,7 +93,6 @@ class Piece:
 class Source:
     """A transformer's weights, checked to be all there."""
 
-    files: tuple[Path, ...]
     pieces: dict[str, Piece]
     """By diffusers' name of the weight."""
 
@@ -116,11 +118,20 @@ class Files:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What config.json says. Raises ConfigError if it can't be read."""
+        """What config.json says. Raises ConfigError if that isn't a transformer of FLUX.2."""
         try:
-            return json.loads(self.config.read_text(encoding="utf-8"))
+            settings = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"base.model: {self.config} can't be read ({error})") from None
+        found = settings.get("_class_name") if isinstance(settings, dict) else None
+        if found != CLASS:
+            raise ConfigError(f"base.model: {self.config} is of {found or 'no class'}, not {CLASS}")
+        if "quantization_config" in settings:
+            raise ConfigError(
+                f"base.model: {self.config.parent} is quantised already, in a format that isn't "
+                "read. Take the base in bf16; base.quantize makes it smaller."
+            )
+        return names.DEFAULTS | settings
 
     def source(self) -> Source:
         """The weights, checked. Raises ConfigError for anything that isn't whole."""
@@ -162,7 +173,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Source:
             raise ConfigError(f"{where}: {twice[0]} is in two of its files.")
         stored |= more
         metadata |= notes
-    return Source(tuple(files), _pieces(where, stored, metadata, config))
+    return Source(_pieces(where, stored, metadata, config))
 
 
 def open_file(path: Path, config: dict[str, Any]) -> Source:
@@ -173,7 +184,7 @@ def open_file(path: Path, config: dict[str, Any]) -> Source:
     """
     where = f"base.transformer: {path}"
     stored, metadata = read_header(path, where=where)
-    return Source((path,), _pieces(where, stored, metadata, config))
+    return Source(_pieces(where, stored, metadata, config))
 
 
 def _pieces(
