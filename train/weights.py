@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ MARKER = "scaled_fp8"
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """Of ComfyUI's quantised formats, those that are read."""
+
+FLUX1_MARKS = {"vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"}
+"""In BFL's names and in diffusers'; FLUX.2 has no pooled text."""
 
 LORA_MARKS = (".lora_", "_lora.", ".lokr_", ".hada_", ".oft_", ".dora_scale", ".alpha")
 
@@ -204,16 +208,18 @@ def _pieces(
     used = {home.key for home in homes.values()}
     unknown = by_key.keys() - used - set(scales.values()) - unused
     unknown |= {scales[key] for key in scales.keys() - used}
-    faults = [f"{key} isn't there" for key in sorted(used - by_key.keys())]
-    faults += [f"{original.get(k, k)} has no place in the model" for k in sorted(unknown)]
+    missing = [f"{key} isn't there" for key in sorted(used - by_key.keys())]
+    homeless = [f"{original.get(k, k)} has no place in the model" for k in sorted(unknown)]
+    misfits: list[str] = []
     pieces = {}
     for name, shape in shapes.items():
         key = homes[name].key
         if key in by_key:
             scale = by_key[scales[key]] if key in scales else None
             pieces[name] = Piece(by_key[key], scale, homes[name])
-            faults += _misfits(name, shape, key, pieces[name], has_scales=bool(scales))
-    if faults:
+            misfits += _misfits(name, shape, key, pieces[name], has_scales=bool(scales))
+    turns = zip_longest(missing, homeless, misfits)  # so that the first few show all kinds
+    if faults := [fault for turn in turns for fault in turn if fault]:
         title = f"{where}: not the weights of this base's transformer:"
         raise ConfigError(bullet_list(title, faults, limit=8))
     return pieces
@@ -261,8 +267,8 @@ def _refuse_others(where: str, by_key: dict[str, Stored]) -> None:
             f"{where}: this is an adapter, not a base (it has {lora[0]}). Give the base here; "
             "an adapter is made by training."
         )
-    if "vector_in.in_layer.weight" in by_key:
-        raise ConfigError(f"{where}: this is FLUX.1 (it has vector_in); give FLUX.2's file.")
+    if flux1 := FLUX1_MARKS & by_key.keys():
+        raise ConfigError(f"{where}: this is FLUX.1 (it has {min(flux1)}); give FLUX.2's file.")
     if not {"img_in.weight", "x_embedder.weight"} & by_key.keys():
         example = min(by_key, default="nothing")
         raise ConfigError(
