@@ -43,7 +43,7 @@ def test_shapes_follow_every_setting():
 
 def test_defaults_are_diffusers_own():
     signature = inspect.signature(Flux2Transformer2DModel.__init__).parameters
-    assert names.DEFAULTS == {name: signature[name].default for name in names.DEFAULTS}
+    assert {name: signature[name].default for name in names.DEFAULTS} == names.DEFAULTS
 
 
 @pytest.mark.parametrize("guidance", [True, False])
