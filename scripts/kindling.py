@@ -39,7 +39,9 @@ COMMANDS = {
     "pack": Command(
         "data_tools.exchange.pack", "write a folder of pictures as parquet, tar or imagefolder"
     ),
-    "export": Command("train.export_run", "write a run's adapter files and their certificate"),
+    "export": Command(
+        "train.adapters.export_run", "write a run's adapter files and their certificate"
+    ),
     "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
     "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),

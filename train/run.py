@@ -15,13 +15,13 @@ from train import (
     checkpoint,
     config_load,
     encode_text,
-    export_run,
     loop,
     lora,
     randomness,
     sample,
     texts,
 )
+from train.adapters import export_run
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import tiny
-from train import comfyui, lora
+from train import lora
+from train.adapters import comfyui
 from train.lora import Adapter
 
 State = dict[str, Tensor]

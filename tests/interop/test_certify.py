@@ -10,7 +10,7 @@ import torch
 
 from tests.interop import common
 from tests.interop.common import State
-from train import certify, export
+from train.adapters import certify, export
 from train.errors import CheckpointError
 from train.lora import Adapter
 

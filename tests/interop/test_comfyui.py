@@ -5,8 +5,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_flux2
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
 from tests.interop import common
-from train import comfyui
-from train.comfyui import Place, Shape
+from train.adapters import comfyui
+from train.adapters.comfyui import Place, Shape
 
 SHAPE = Shape(width=8, double=2, single=3)
 DEV = Shape(width=6144, double=8, single=48)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.interop import common
-from train import certify, comfyui, export
+from train.adapters import certify, comfyui, export
 from train.lora import Adapter
 
 EXACT = dict.fromkeys(("diffusers", "comfyui"), 1.0)

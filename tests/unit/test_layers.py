@@ -45,9 +45,13 @@ LAYERS = {
     3: [
         *("train.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
         "train.optim",
-        *("train.checkpoint", "train.track", "train.export", "train.comfyui"),
+        *("train.checkpoint", "train.track"),
+        *("train.adapters", "train.adapters.export", "train.adapters.comfyui"),
     ],
-    4: ["train.objective", "train.sample", "train.certify", "data_tools.caption.captioners.*"],
+    4: [
+        *("train.objective", "train.sample", "data_tools.caption.captioners.*"),
+        "train.adapters.certify",
+    ],
     5: [
         "train.loop",
         "train.trainer",
@@ -55,7 +59,7 @@ LAYERS = {
         "data_tools.caption.job",
         "data_tools.caption.arguments",
     ],
-    6: ["train.run", "train.export_run", "train.compare"],
+    6: ["train.run", "train.adapters.export_run", "train.compare"],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
@@ -70,7 +74,7 @@ HIGHEST = {
     "train.optim": 1,
     "train.checkpoint": 1,
     "train.track": 1,
-    "train.export": 1,
+    "train.adapters.export": 1,
     "train.objective": 2,
     "train.loop": 0,
     "data_tools.inspect.command": 2,
@@ -110,9 +114,9 @@ SIDEWAYS = {
     "train.encode": {"train.base"},
     "train.encode_text": {"train.base", "train.encode"},
     "train.checkpoint": {"train.lora"},
-    "train.export": {"train.lora"},
-    "train.run": {"train.export_run"},
-    "train.compare": {"train.export_run"},
+    "train.adapters.export": {"train.lora"},
+    "train.run": {"train.adapters.export_run"},
+    "train.compare": {"train.adapters.export_run"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from train import certify, checkpoint, config_load, export
+from train import checkpoint, config_load
+from train.adapters import certify, export
+from train.adapters.comfyui import Shape
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
-from train.comfyui import Shape
 from train.config import Config
 from train.errors import CheckpointError
 

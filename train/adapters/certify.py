@@ -34,7 +34,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
-from train import comfyui, export, lora
+from train import lora
+from train.adapters import comfyui, export
 from train.config import LoraConfig
 from train.lora import Adapter
 

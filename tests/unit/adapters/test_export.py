@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train import export
+from train.adapters import export
 from train.errors import CheckpointError, ConfigError, MachineError
 from train.lora import Adapter
 
