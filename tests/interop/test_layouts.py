@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.interop import common
-from train.adapters import certify, comfyui, export
+from train.adapters import certify, comfyui, export, files
 from train.lora import Adapter
 
 EXACT = dict.fromkeys(("diffusers", "comfyui"), 1.0)
@@ -105,7 +105,7 @@ def test_comfyui(layout: str, tmp_path: Path) -> None:
     transformer = common.pipeline("dev").transformer
     adapter, shape = common.random_adapter(transformer), comfyui.Shape.of(transformer)
     path = write_layout(layout, adapter, shape, tmp_path / "a.safetensors")
-    tensors, _ = export.load(path)
+    tensors, _ = files.load(path)
     reading = comfyui.read(tensors, shape)
     expected = TABLE[layout]["comfyui"]
     places = comfyui.diffusers_places(shape)

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
 from train import lora
-from train.adapters import comfyui, export
+from train.adapters import comfyui, files
+from train.adapters.intent import PREFIX
 from train.config import LoraConfig
 from train.lora import Adapter
 
@@ -92,7 +93,7 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
     """
     transformer = pipeline.transformer
     assert not _layers(transformer), "the transformer already has an adapter"
-    tensors, _ = export.load(path)
+    tensors, _ = files.load(path)
     shape = comfyui.Shape.of(transformer)
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
     file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
@@ -123,7 +124,7 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
 def write_certificate(certificate: dict[str, Any], path: Path) -> Path:
     """Put a certificate beside its adapter file, whole or not at all, and return its path."""
     target = path.with_name(f"{path.stem}.certificate.json")
-    with export.replacing(target) as partial:
+    with files.replacing(target) as partial:
         text = json.dumps(certificate, indent=2, ensure_ascii=False, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
     return target
@@ -206,7 +207,7 @@ def _load(case: Case, pipeline: Any) -> dict[str, Any]:
         return verdict | {"strength": None, "reasons": [reason]}
     layers = _layers(transformer)
     slots = {
-        f"{export.PREFIX}{module}.{half}.weight": getattr(layer, half)[LOADED].weight
+        f"{PREFIX}{module}.{half}.weight": getattr(layer, half)[LOADED].weight
         for module, layer in layers.items()
         for half in ("lora_A", "lora_B")
     }
