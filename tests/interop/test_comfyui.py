@@ -1,5 +1,6 @@
 """Our reading of ComfyUI against diffusers' own conversions between BFL's names and its own."""
 
+import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_flux2_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
@@ -7,7 +8,9 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from tests.interop import common
 from train.adapters import comfyui
 from train.adapters.comfyui import Place, Shape
+from train.adapters.updates import LowRank
 
+UP, DOWN = torch.ones(8, 2), torch.ones(2, 8)
 SHAPE = Shape(width=8, double=2, single=3)
 DEV = Shape(width=6144, double=8, single=48)
 
@@ -107,7 +110,51 @@ def test_patches_on_overlapping_rows_add_up() -> None:
 def test_what_it_does_not_compute_is_named() -> None:
     name = "transformer.transformer_blocks.0.attn.to_q"
     state = pair(name, 8, 8) | {f"{name}.dora_scale": torch.ones(8, 1)}
-    state |= {"transformer.transformer_blocks.1.ff.linear_in.lokr_w1": torch.ones(2, 2)}
+    state |= {"transformer.transformer_blocks.1.ff.linear_in.hada_w1_a": torch.ones(2, 2)}
     reading = comfyui.read(state, SHAPE)
     assert len(reading.not_computed) == 2
     assert not reading.ignored
+
+
+def test_an_up_half_alone_stops_its_loader_and_a_down_half_alone_does_not() -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    up, down = ({f"{name}.lora_{h}.weight": t} for h, t in (("B", UP), ("A", DOWN)))
+    assert "KeyError" in (comfyui.read(up, SHAPE).refusal or "")
+    assert comfyui.read(down, SHAPE).refusal is None
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 3.0])
+def test_lokr_is_scaled_by_the_rank_of_its_low_rank_side(alpha: float | None) -> None:
+    name = "lycoris_transformer_blocks_0_attn_to_q"
+    state = {"lokr_w1": 2 * torch.ones(2, 2), "lokr_w2_a": UP[:4], "lokr_w2_b": DOWN[:, :4]}
+    state |= {} if alpha is None else {"alpha": torch.tensor(alpha)}
+    reading = comfyui.read({f"{name}.{key}": value for key, value in state.items()}, SHAPE)
+    (place, update), *_ = reading.patches.items()
+    assert (place.start, place.stop, update.size) == (0, 8, (8, 8))
+    assert update.scale == (1.0 if alpha is None else alpha / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("lora_unet_img_in", True),
+        ("diffusion_model.time_in.in_layer", True),
+        ("transformer.proj_out", True),
+        ("transformer.time_guidance_embed.timestep_embedder.linear_1", False),
+        ("transformer.double_stream_modulation_img.linear", False),
+    ],
+)
+def test_outside_the_blocks(name: str, known: bool) -> None:
+    reading = comfyui.read(pair(name, 6, 8), SHAPE)
+    assert (len(reading.used), len(reading.ignored)) == ((2, 0) if known else (0, 2))
+
+
+def test_the_final_modulation_is_swapped_by_diffusers_name_only() -> None:
+    up, down = torch.arange(8.0)[:, None], torch.ones(1, 8)
+    found = []
+    for name in ("transformer.norm_out.linear", "diffusion_model.final_layer.adaLN_modulation.1"):
+        state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        (update,) = comfyui.read(state, SHAPE).patches.values()
+        assert isinstance(update, LowRank)
+        found.append(update.up[:, 0].tolist())
+    assert found == [[4.0, 5, 6, 7, 0, 1, 2, 3], [0.0, 1, 2, 3, 4, 5, 6, 7]]

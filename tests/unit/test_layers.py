@@ -53,6 +53,8 @@ LAYERS = {
     4: [
         *("train.objective", "train.sample", "data_tools.caption.captioners.*"),
         "train.adapters.certify",
+        *("train.adapters.skeleton", "train.adapters.verdict", "train.adapters.page"),
+        "train.adapters.bake",
     ],
     5: [
         "train.loop",
@@ -61,7 +63,10 @@ LAYERS = {
         "data_tools.caption.job",
         "data_tools.caption.arguments",
     ],
-    6: ["train.run", "train.adapters.export_run", "train.compare"],
+    6: [
+        *("train.run", "train.compare", "train.adapters.export_run", "train.adapters.examine"),
+        *("train.adapters.convert", "train.adapters.merge", "train.adapters.resize"),
+    ],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
@@ -116,10 +121,14 @@ SIDEWAYS = {
     "train.encode": {"train.base"},
     "train.encode_text": {"train.base", "train.encode"},
     "train.checkpoint": {"train.lora"},
+    "train.adapters.comfyui": {"train.adapters.updates"},
     "train.adapters.layouts": {"train.adapters.comfyui"},
     "train.adapters.source": {"train.adapters.*"},
     "train.adapters.write": {"train.adapters.*"},
     "train.adapters.export": {"train.adapters.*", "train.lora"},
+    "train.adapters.resize": {"train.adapters.convert"},
+    "train.adapters.merge": {"train.adapters.*"},
+    "train.adapters.verdict": {"train.adapters.*"},
     "train.run": {"train.adapters.export_run"},
     "train.compare": {"train.adapters.export_run"},
     "train.py": {"scripts.kindling"},

@@ -5,9 +5,8 @@ name it knows leads to a weight, or to some rows of one, in BFL's naming; the up
 up @ down * alpha / rank with an `.alpha` tensor and up @ down without; other keys are ignored with
 a warning in its log.
 
-Owns that mapping for the Linears inside the blocks, and with it the correspondence between BFL's
-and diffusers' names. Weights outside the blocks, which Kindling never trains, count as ignored
-here though ComfyUI knows most of them. DoRA, LoKr and the like are named, not computed.
+Owns that mapping, and with it the correspondence between BFL's and diffusers' names of Linears.
+LoRA and LoKr are computed; DoRA, LoHa and the like are named, not computed.
 """
 
 from collections.abc import Iterator
@@ -16,6 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
@@ -34,6 +36,27 @@ DOUBLE_BLOCK = {
 
 SINGLE_BLOCK = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
 
+OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+"""BFL's Linears outside the blocks -> diffusers'. Kindling never trains them, others do. The halves
+of final_layer.adaLN_modulation.1 change places between the two."""
+
+SWAPPED = "norm_out.linear"
+
+KNOWN_OUTSIDE = ("x_embedder", "context_embedder", SWAPPED, "proj_out")
+"""The ones that ComfyUI knows by diffusers' name too."""
+
 HALVES = (
     (".lora_up.weight", ".lora_down.weight"),
     ("_lora.up.weight", "_lora.down.weight"),
@@ -45,9 +68,11 @@ HALVES = (
 )
 """What may follow a name, (out, rank) half first; of several, ComfyUI takes the first."""
 
+LOKR = tuple(f".lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"))
+
 NOT_COMPUTED = (
     *(".dora_scale", ".reshape_weight", ".lora_mid.weight", ".diff", ".diff_b", ".set_weight"),
-    *(".w_norm", ".b_norm", ".hada_", ".lokr_", ".oft_", ".a1.weight", ".a2.weight"),
+    *(".w_norm", ".b_norm", ".hada_", ".lokr_t2", ".oft_", ".a1.weight", ".a2.weight"),
     *(".b1.weight", ".b2.weight"),
 )
 """Beginnings of what else ComfyUI applies when it follows a known name."""
@@ -110,19 +135,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """An update that ComfyUI adds at one place: scale * up @ down."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class Reading:
     """What becomes of a file's keys. Every key is in one of the last four."""
 
-    patches: dict[Place, Patch]
+    patches: dict[Place, Update]
     used: list[str]
     ignored: list[str]
     """No name that ComfyUI knows, or overruled by another name for the same place."""
@@ -131,22 +147,24 @@ class Reading:
     not_computed: list[str]
     """Used by ComfyUI in ways that this reading doesn't cover; its deltas are then not the whole
     story."""
+    refusal: str | None = None
+    """Why ComfyUI stops with an error instead of loading anything; None if it doesn't."""
 
-    def factors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """The update at strength 1 of some rows of a weight as up @ down, fp64.
+    def factors(self, place: Place, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """The update at strength 1 of some rows of a weight as up @ down.
 
-        (rows, k) and (k, columns), k the ranks of all patches there; 0 where there is none.
+        (rows, k) and (k, columns), k the ranks of all LoRA patches there; 0 where there is none.
         """
-        ups = [torch.zeros(place.stop - place.start, 0, dtype=torch.float64)]
-        downs = [torch.zeros(0, place.columns, dtype=torch.float64)]
+        height = place.stop - place.start
+        ups = [torch.zeros(height, 0, dtype=dtype)]
+        downs = [torch.zeros(0, place.columns, dtype=dtype)]
         for at, patch in self.patches.items():
-            if overlap := at.overlap(place):
+            overlap = at.overlap(place)
+            if overlap and isinstance(patch, LowRank):
                 start, stop = overlap
-                up = torch.zeros(place.stop - place.start, patch.up.shape[1], dtype=torch.float64)
-                rows = patch.up[start - at.start : stop - at.start].double()
-                up[start - place.start : stop - place.start] = patch.scale * rows
-                ups.append(up)
-                downs.append(patch.down.double())
+                rows = patch.scale * patch.up[start - at.start : stop - at.start].to(dtype)
+                ups.append(pad(rows, (0, 0, start - place.start, place.stop - stop)))
+                downs.append(patch.down.to(dtype))
         return torch.cat(ups, dim=1), torch.cat(downs)
 
     def delta(self, weight: str, shape: Shape) -> Tensor:
@@ -171,54 +189,110 @@ def diffusers_places(shape: Shape) -> dict[str, Place]:
 
 
 def known_names(shape: Shape) -> Iterator[tuple[str, Place]]:
-    """Every name that ComfyUI looks for, in its order: a later one overrules an earlier one."""
+    """Every name in the blocks that ComfyUI looks for, in its order: a later one overrules."""
     for weight, (rows, columns) in shape.weights().items():
         stem = weight.removesuffix(".weight")
         whole = Place(weight, 0, rows, columns)
         yield f"lora_unet_{stem.replace('.', '_')}", whole
         yield f"diffusion_model.{stem}", whole
     for module, place in diffusers_places(shape).items():
-        yield f"transformer.{module}", place
-        yield f"lycoris_{module.replace('.', '_')}", place
-        yield f"lora_transformer_{module.replace('.', '_')}", place
-        yield module, place
+        for name in _spellings(module):
+            yield name, place
     for weight, (_, columns) in shape.weights().items():
         if weight.endswith(".linear1.weight"):
             stem = weight.removesuffix(".weight")
             yield f"diffusion_model.{stem}_qkv", Place(weight, 0, 3 * shape.width, columns)
 
 
+def outside_names() -> Iterator[tuple[str, str]]:
+    """Names outside the blocks that ComfyUI looks for, and BFL's name of the weight."""
+    for bfl in OUTSIDE:
+        yield f"lora_unet_{bfl.replace('.', '_')}", bfl
+        yield f"diffusion_model.{bfl}", bfl
+    for bfl, module in OUTSIDE.items():
+        if module in KNOWN_OUTSIDE:
+            yield from ((name, bfl) for name in _spellings(module))
+
+
 def read(tensors: dict[str, Tensor], shape: Shape) -> Reading:
-    """What ComfyUI would do with a file of these tensors."""
-    patches: dict[Place, Patch] = {}
+    """What ComfyUI would do with a file of these tensors.
+
+    Outside the blocks, where the shape says no sizes, tensors are taken to fit.
+    """
+    patches: dict[Place, Update] = {}
     keys_at: dict[Place, list[str]] = {}
     failed: list[str] = []
-    names = dict(known_names(shape))
-    for name, place in names.items():
-        halves = next((h for h in HALVES if name + h[0] in tensors), None)
-        if halves is None:
+    refusal = None
+    names: dict[str, Place | str] = {**dict(known_names(shape)), **dict(outside_names())}
+    for name, known in names.items():
+        present, update = _update_at(tensors, name)
+        if not present:
             continue
-        keys = [name + half for half in halves] + [f"{name}.alpha"]
-        up, down, alpha = (tensors.get(key) for key in keys)
-        present = [key for key in keys if key in tensors]
-        if up is None or down is None or not _fits(up, down, place):
+        if update is None and any(f"{name}{up}" in tensors for up, _ in HALVES):
+            refusal = refusal or f"{name} has no down half, which stops its loader (KeyError)"
+        place = known if isinstance(known, Place) else None
+        if update is not None and not isinstance(known, Place):
+            place = Place(f"{known}.weight", 0, *update.size)
+        if update is None or place is None or not _fits(update, place):
             failed += present
             continue
-        scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
-        patches[place] = Patch(up, down, scale)
+        if name.endswith((SWAPPED, SWAPPED.replace(".", "_"))):
+            update = halves_swapped(update)
+        patches[place] = update
         keys_at[place] = present
     used = [key for keys in keys_at.values() for key in keys]
     rest = [key for key in tensors if key not in {*used, *failed}]
     beyond = [key for key in rest if _is_beyond(key, names)]
-    return Reading(patches, used, [key for key in rest if key not in beyond], failed, beyond)
+    ignored = [key for key in rest if key not in beyond]
+    return Reading(patches, used, ignored, failed, beyond, refusal)
 
 
-def _fits(up: Tensor, down: Tensor, place: Place) -> bool:
-    if up.ndim != 2 or down.ndim != 2:
-        return False
-    size = (place.stop - place.start, place.columns)
-    return up.shape[1] == down.shape[0] and (up.shape[0], down.shape[1]) == size
+def _spellings(module: str) -> list[str]:
+    """How diffusers' name of a Linear may be written."""
+    flat = module.replace(".", "_")
+    return [f"transformer.{module}", f"lycoris_{flat}", f"lora_transformer_{flat}", module]
 
 
-def _is_beyond(key: str, names: dict[str, Place]) -> bool:
+def _update_at(tensors: dict[str, Tensor], name: str) -> tuple[list[str], Update | None]:
+    """The keys of a name, and its update if they are whole. LoKr overrules LoRA."""
+    alpha = [f"{name}.alpha"] if f"{name}.alpha" in tensors else []
+    value = tensors[alpha[0]].item() if alpha and tensors[alpha[0]].numel() == 1 else None
+    lokr = {mark: tensors[name + mark] for mark in LOKR if name + mark in tensors}
+    if lokr:
+        return [*(name + mark for mark in lokr), *alpha], _kronecker(lokr, value)
+    for halves in HALVES:
+        present = [name + half for half in halves if name + half in tensors]
+        if present:
+            if len(present) < len(halves):
+                return present + alpha, None
+            up, down = (tensors[key] for key in present)
+            if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not len(down):
+                return present + alpha, None
+            return present + alpha, LowRank(up, down, _scale(value, down.shape[0]))
+    return [], None
+
+
+def _kronecker(lokr: dict[str, Tensor], alpha: float | None) -> Kronecker | None:
+    """scale is alpha / rank of the factor that is low-rank, the right one's first; else 1."""
+    sides, rank = [], None
+    for side in (".lokr_w1", ".lokr_w2"):
+        if side in lokr:
+            sides.append(lokr[side])
+        elif f"{side}_a" in lokr and f"{side}_b" in lokr:
+            rank = lokr[f"{side}_b"].shape[0]
+            sides.append(lokr[f"{side}_a"].float() @ lokr[f"{side}_b"].float())
+    if len(sides) < 2 or any(side.ndim != 2 for side in sides):
+        return None
+    return Kronecker(*sides, 1.0 if rank is None else _scale(alpha, rank))
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    return 1.0 if alpha is None else alpha / rank
+
+
+def _fits(update: Update, place: Place) -> bool:
+    return update.size == (place.stop - place.start, place.columns)
+
+
+def _is_beyond(key: str, names: dict[str, Place | str]) -> bool:
     return any(mark in key and key[: key.rindex(mark)] in names for mark in NOT_COMPUTED)

@@ -16,25 +16,13 @@ The layouts of other programs, as their public code writes them:
 import re
 from dataclasses import dataclass
 
-from train.adapters.comfyui import DOUBLE_BLOCK, SINGLE_BLOCK, Shape, diffusers_places
-
-OUTSIDE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
-    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-    "single_stream_modulation.lin": "single_stream_modulation.linear",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
-}
-"""BFL's Linears outside the blocks -> diffusers'. The halves of final_layer.adaLN_modulation.1
-change places between them."""
-
-SWAPPED = "norm_out.linear"
+from train.adapters.comfyui import (
+    DOUBLE_BLOCK,
+    OUTSIDE,
+    SINGLE_BLOCK,
+    Shape,
+    diffusers_places,
+)
 
 FUSED = {"attn.to_qkv": "img_attn.qkv", "attn.to_added_qkv": "txt_attn.qkv"}
 """diffusers' names for what its fuse_qkv_projections makes -> BFL's."""
@@ -180,6 +168,14 @@ def group_of(weight: str) -> tuple[str, ...]:
     target = find(weight)
     assert target is not None, f"{weight} isn't a weight of FLUX.2"
     return target.modules
+
+
+def fused_name(target: Target) -> str | None:
+    """diffusers' name of fused q, k and v, as it has it for LoKr; None of other Linears."""
+    blocks, _, rest = target.weight.partition(".")
+    index, _, part = rest.partition(".")
+    name = next((ours for ours, theirs in FUSED.items() if theirs == part), None)
+    return f"transformer_blocks.{index}.{name}" if blocks == "double_blocks" and name else None
 
 
 def order(weight: str) -> tuple[int, int, int]:

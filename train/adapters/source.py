@@ -6,7 +6,7 @@ a file can't be used. Only the header is read until an update is asked for; then
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from train.adapters import intent, layouts
-from train.adapters.comfyui import Shape
+from train.adapters.comfyui import OUTSIDE, SWAPPED, Shape
 from train.adapters.files import File
 from train.adapters.layouts import Key, Target
-from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped, rows_of
+from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped, rows_of, tensors_of
 from train.errors import CheckpointError
 from train.shapes import HEAD_WIDTH, SHAPES
 
 Group = dict[str, Update]
 """Updates of diffusers' modules whose rows lie below each other in one BFL weight."""
+
+Reduce = Callable[[str, Update], Update]
+"""What is done to a unit's update, given its name."""
 
 BASES = {
     name: Shape(HEAD_WIDTH * shape.heads, shape.double, shape.single)
@@ -121,6 +124,11 @@ class Source:
         return None
 
     @cached_property
+    def layout(self) -> str:
+        """In a few words."""
+        return layouts.describe(self.keys)
+
+    @cached_property
     def groups(self) -> dict[str, list[Unit]]:
         """BFL weight -> the units in it, in the model's order."""
         groups: dict[str, list[Unit]] = {}
@@ -183,44 +191,51 @@ class Source:
         halves = [self.file.get(unit.keys[f"{side}_{half}"]).float() for half in "ab"]
         return halves[0] @ halves[1]
 
-    def group(self, weight: str, shape: Shape | None = None) -> Group:
-        """The updates in one BFL weight, by diffusers' module. Fused ones share their down.
+    def unit(
+        self, unit: Unit, shape: Shape | None = None, *, reduce: Reduce | None = None
+    ) -> Group:
+        """A unit's update by diffusers' module; fused ones share their down.
 
-        shape: needed where a unit covers some of its module's rows only. Raises CheckpointError
-        for a Kronecker product that can't be cut into modules.
+        shape: needed where a unit covers some of its module's rows only. reduce: done to the whole
+        update first. Raises CheckpointError for a Kronecker product that can't be cut into modules.
+        """
+        update, modules = self.whole(unit), unit.target.modules
+        if reduce is not None:
+            update = reduce(unit.name, update)
+        if modules == (SWAPPED,) and unit.target.bfl:
+            update = halves_swapped(update)
+        if unit.target.partial:
+            update = _padded(update, shape or self.shape)
+        if len(modules) == 1:
+            return {modules[0]: update}
+        height = update.size[0] // len(modules)
+        parts = [rows_of(update, i * height, (i + 1) * height) for i in range(len(modules))]
+        if any(part is None for part in parts):
+            raise CheckpointError(
+                f"{self.path}: {unit.name} is LoKr over q, k and v together, and its factors don't "
+                "divide at their borders. --rank N makes plain LoRA of it."
+            )
+        return {m: part for m, part in zip(modules, parts, strict=True) if part is not None}
+
+    def walk(self, *, reduce: Reduce | None = None) -> Iterator[tuple[str, Group]]:
+        """BFL's weights and the updates in them, in the model's order, one at a time."""
+        for weight in self.groups:
+            yield weight, self.group(weight, reduce=reduce)
+
+    def group(self, weight: str, *, reduce: Reduce | None = None) -> Group:
+        """The updates in one BFL weight by diffusers' module, in the order of its rows.
+
+        Empty if there is none. Raises CheckpointError for numbers that aren't finite.
         """
         updates: Group = {}
-        for unit in self.groups[weight]:
-            update, modules = self.whole(unit), unit.target.modules
-            if modules == (layouts.SWAPPED,) and unit.target.bfl:
-                update = halves_swapped(update)
-            if unit.target.partial:
-                update = _padded(update, shape or self.shape)
-            height = update.size[0] // len(modules)
-            for i, module in enumerate(modules):
-                part = update
-                if len(modules) > 1:
-                    part = rows_of(update, i * height, (i + 1) * height)
-                if part is None:
-                    raise CheckpointError(
-                        f"{self.path}: {unit.name} is LoKr over q, k and v together, and its "
-                        "factors don't divide at their borders. --rank N makes plain LoRA of it."
-                    )
-                updates[module] = part
-        in_order = [m for m in layouts.group_of(weight) if m in updates]
-        return {module: updates[module] for module in in_order}
-
-    def walk(self) -> Iterator[tuple[str, Group]]:
-        """All groups, one after the other, in the model's order; their numbers are finite."""
-        for weight in self.groups:
-            group = self.group(weight)
-            for module, update in group.items():
-                if not all(torch.isfinite(t.float()).all() for t in _tensors(update)):
-                    raise CheckpointError(
-                        f"{self.path}: the update of {module} holds numbers that aren't finite. "
-                        "The file can't be mended; train or download it again."
-                    )
-            yield weight, group
+        for unit in self.groups.get(weight, []):
+            if not all(torch.isfinite(t.float()).all() for t in tensors_of(self.whole(unit))):
+                raise CheckpointError(
+                    f"{self.path}: {unit.name} holds numbers that aren't finite. The file can't "
+                    "be mended; train or download it again."
+                )
+            updates |= self.unit(unit, reduce=reduce)
+        return {m: updates[m] for m in layouts.group_of(weight) if m in updates}
 
     @cached_property
     def base(self) -> str | None:
@@ -241,7 +256,7 @@ class Source:
         widths = Counter(
             self.size(unit)[0 if unit.target.weight.endswith(NARROW) else 1]
             for unit in self.units.values()
-            if unit.target.weight not in layouts.OUTSIDE
+            if unit.target.weight not in OUTSIDE
         )
         if not widths:
             raise CheckpointError(f"{self.path}: holds no update of a Linear inside the blocks.")
@@ -255,7 +270,7 @@ class Source:
         places = layouts.sizes(shape)
         wrong = {}
         for unit in self.units.values():
-            if unit.target.weight in layouts.OUTSIDE:
+            if unit.target.weight in OUTSIDE:
                 continue
             modules = unit.target.modules
             if modules[0] not in places:
@@ -311,13 +326,6 @@ def what_instead(source: Source) -> str:
     if kind := next(filter(None, map(layouts.foreign_kind, keys)), None):
         return f"this is a {kind} adapter ('{keys[0]}'), which Kindling doesn't read."
     return f"no name in it is one of FLUX.2's Linears; the first is '{keys[0]}'."
-
-
-def _tensors(update: Update) -> list[Tensor]:
-    if isinstance(update, Kronecker):
-        return [update.left, update.right]
-    tensors = [update.up, update.down]
-    return tensors if update.magnitude is None else [*tensors, update.magnitude]
 
 
 def _padded(update: Update, shape: Shape) -> LowRank:

@@ -16,7 +16,7 @@ from torch.linalg import matrix_norm
 from train.errors import CheckpointError
 
 Factors = tuple[Tensor, Tensor]
-"""An update as up @ down, fp64: (out, k) and (k, in)."""
+"""An update as up @ down: (out, k) and (k, in)."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class LowRank:
         """Columns of up."""
         return self.down.shape[0]
 
-    def factors(self) -> Factors:
+    def factors(self, dtype: torch.dtype = torch.float64) -> Factors:
         """The update without magnitude."""
-        return self.scale * self.up.double(), self.down.double()
+        up = self.up.to(dtype)
+        return up if self.scale == 1.0 else self.scale * up, self.down.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Kronecker:
 
 
 Update = LowRank | Kronecker
+
+
+def tensors_of(update: Update) -> list[Tensor]:
+    """All its numbers."""
+    if isinstance(update, Kronecker):
+        return [update.left, update.right]
+    tensors = [update.up, update.down]
+    return tensors if update.magnitude is None else [*tensors, update.magnitude]
 
 
 def inner(one: Factors, two: Factors) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from train.adapters import files, layouts
+from train.adapters.comfyui import SWAPPED
 from train.adapters.intent import PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import (
@@ -134,8 +135,8 @@ def fused(weight: str, group: Group) -> Update:
     """
     names = layouts.group_of(weight)
     parts = [group.get(name) for name in names]
-    if names == (layouts.SWAPPED,):
-        return halves_swapped(group[layouts.SWAPPED])
+    if names == (SWAPPED,):
+        return halves_swapped(group[SWAPPED])
     if len(names) == 1:
         return group[names[0]]
     if any(isinstance(part, Kronecker) for part in parts):
