@@ -126,12 +126,7 @@ def _numbers(source: Source) -> dict[str, Any]:
         if bad:
             faults.append(f"{unit.name}: {bad} numbers aren't finite")
             continue
-        size = (
-            inner(*(whole.factors(torch.float32),) * 2) ** 0.5
-            if isinstance(whole, LowRank)
-            else _norm(whole)
-        )
-        norms[unit.name] = size
+        size = norms[unit.name] = _norm(whole)
         if not size:
             zero.append(unit.name)
     if zero and len(zero) == len(norms):

@@ -14,7 +14,7 @@ from train.adapters import bake, layouts
 from train.adapters.convert import error_text
 from train.adapters.resize import Kept, check, summary
 from train.adapters.source import Group, Source, open_adapter
-from train.adapters.updates import Kronecker, LowRank, summed, truncated
+from train.adapters.updates import Kronecker, LowRank, Update, summed, truncated
 from train.adapters.write import DTYPES, LAYOUTS, Outcome, save
 from train.errors import CheckpointError, ConfigError
 
@@ -106,7 +106,7 @@ def merge(
 
 
 def updates_of(parts: list[Part]) -> Iterator[tuple[str, dict[str, LowRank]]]:
-    """The weighted sum, one BFL weight at a time, in the model's order."""
+    """The weighted sum, one BFL weight at a time, in the model's order. Raises CheckpointError."""
     weights = {weight for part in parts for weight in part.source.groups}
     for part in parts:
         _check_fit(part.source, parts[0].source)
@@ -114,25 +114,21 @@ def updates_of(parts: list[Part]) -> Iterator[tuple[str, dict[str, LowRank]]]:
         found: dict[str, list[tuple[LowRank, float]]] = {}
         for part in parts:
             for module, update in part.source.group(weight).items():
-                if isinstance(update, Kronecker) or update.magnitude is not None:
-                    kind = "LoKr" if isinstance(update, Kronecker) else "DoRA"
-                    raise CheckpointError(
-                        f"{part.source.path}: {kind} doesn't add up with other adapters. "
-                        + (
-                            "`kindling convert --rank N` makes LoRA of it."
-                            if kind == "LoKr"
-                            else ""
-                        )
-                    )
-                found.setdefault(module, []).append((update, part.weight))
-        yield (
-            weight,
-            {
-                module: summed(*map(list, zip(*found[module], strict=True)))
-                for module in layouts.group_of(weight)
-                if module in found
-            },
+                found.setdefault(module, []).append((_plain(update, part), part.weight))
+        modules = [module for module in layouts.group_of(weight) if module in found]
+        yield weight, {m: summed(*map(list, zip(*found[m], strict=True))) for m in modules}
+
+
+def _plain(update: Update, part: Part) -> LowRank:
+    """The update, if it is LoRA. Raises CheckpointError."""
+    if isinstance(update, Kronecker):
+        raise CheckpointError(
+            f"{part.source.path}: LoKr doesn't add up with other adapters. "
+            "`kindling convert --rank N` makes LoRA of it."
         )
+    if update.magnitude is not None:
+        raise CheckpointError(f"{part.source.path}: DoRA doesn't add up with other adapters.")
+    return update
 
 
 def _check_fit(source: Source, first: Source) -> None:

@@ -86,10 +86,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, Any]]:
     dtypes, size = ", ".join(file["dtypes"]), f"{file['bytes'] / 1e6:.1f} MB"
     norm = report["numbers"]["norm"]
     facts = [
-        (
-            "file",
-            f"{file['name']}, {file['bytes'] / 1e6:.1f} MB, {file['tensors']} tensors, {dtypes}",
-        ),
+        ("file", f"{file['name']}, {size}, {file['tensors']} tensors, {dtypes}"),
         ("layout", report["format"]),
         ("base", f"{base['name'] or 'none that was released'} ({where}): {shape}"),
         (

@@ -98,7 +98,8 @@ def summary(kept: Kept) -> str:
     """Ranks and energies, in a line."""
     ranks, energies = kept.rank.values(), kept.energy.values()
     worst = min(kept.energy, key=lambda name: kept.energy[name])
+    median = statistics.median(energies)
     return (
-        f"rank {min(ranks)} to {max(ranks)}; energy kept: median {statistics.median(energies):.2%}, "
+        f"rank {min(ranks)} to {max(ranks)}; energy kept: median {median:.2%}, "
         f"least {kept.energy[worst]:.2%} at {worst}"
     )
