@@ -22,9 +22,16 @@ def main(argv: list[str] | None = None) -> int:
         "--resume", action="store_true", help="continue from the newest good checkpoint"
     )
     parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although settings or pictures have changed; it says which",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as lora.rank=32"
     )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.accept_changes and not arguments.resume:
+        parser.error("--accept-changes has no effect without --resume")
 
     from train import config_load
 
@@ -34,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
     gc.enable()
     gc.freeze()
-    run.run(config, resume=arguments.resume)
+    run.run(config, resume=arguments.resume, accept=arguments.accept_changes)
     return 0
 
 

@@ -249,7 +249,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1  # asking Pillow would decode the whole file, for chunks behind the pixels
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing, as in every viewer
+    except Exception:  # damaged EXIF leads Pillow anywhere; it says nothing, as in every viewer
         return 1
     return value if value in _TURNS else 1
 

@@ -6,15 +6,16 @@ arguments: `main(argv) -> int`.
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from train.errors import UserError
+from train.errors import Stopped, UserError
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
+EXIT_SIGNAL = 128
+"""Plus the signal's number, as shells have it."""
 
 
 class Command(NamedTuple):
@@ -90,9 +91,12 @@ def run_main(run: Callable[[], int]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        print(stop, end="\n" if str(stop) else "", file=sys.stderr)
+        return EXIT_SIGNAL + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + signal.SIGINT
 
 
 def help_text() -> str:

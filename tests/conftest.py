@@ -15,6 +15,13 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The marker alone says what needs a GPU; without one such a test makes no fixture either."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(scope="session")
 def dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random base of dev's classes."""

@@ -107,6 +107,12 @@ def metrics(folder: Path, *, drop: Sequence[str] = ("seconds",)) -> list[dict[st
     return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
+def environment() -> dict[str, str]:
+    """Of a run in a process of its own."""
+    plain = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **plain}
+
+
 def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     """`accelerate launch train.py` on the CPU, in a process group of its own."""
     many = ["--multi_gpu"] if processes > 1 else ["--cpu"]
@@ -121,16 +127,10 @@ def start(config: Path, *arguments: str, processes: int = 1) -> subprocess.Popen
     ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

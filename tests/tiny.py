@@ -4,6 +4,7 @@ Every weight that a fresh model has at zero or one is drawn at random too, so th
 a used value from an unused one. For a base that draws, there is scripts/toy.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import (
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
     Qwen3Config,
@@ -39,11 +40,23 @@ KLEIN_TEMPLATE = """{%- for message in messages -%}
 
 def make_dev(folder: Path) -> Path:
     """A tiny base of dev's classes."""
-    tokenizer = _mistral_tokenizer()
+    # words of our own, not the toy's: its captions mustn't move kept figures
+    tokenizer = toy_text.as_dev(byte_level(toy_text.SPECIAL))
+    text_encoder = toy_text.new_text_encoder(tokenizer, seed=1).float()
+    return save_dev(folder, tokenizer=tokenizer, text_encoder=text_encoder)
+
+
+def save_dev(
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: Mistral3ForConditionalGeneration,
+) -> Path:
+    """Words of any kind, and what is tiny of the rest of dev."""
     Flux2Pipeline(
         scheduler=scheduler(),
         vae=vae(),
-        text_encoder=toy_text.new_text_encoder(tokenizer, seed=1).float(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
         transformer=transformer(guidance=True),
     ).save_pretrained(folder)
@@ -124,27 +137,10 @@ def _randomize(model: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def _mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy's template around words of our own: its captions mustn't move kept figures."""
-    special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]"]
-    core = _byte_level(special)
-    core.add_special_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False, special=True)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        padding_side="left",
-        truncation_side="right",
-        model_max_length=32,
-        chat_template=toy_text.CHAT_TEMPLATE,
-    )
-
-
 def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     return Qwen2TokenizerFast(
-        tokenizer_object=_byte_level(special),
+        tokenizer_object=byte_level(special),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         padding_side="right",
@@ -153,15 +149,7 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level(special: list[str]) -> Tokenizer:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(["user assistant a red circle on a blue background"], trainer)
-    return core
+def byte_level(special: Sequence[str]) -> Tokenizer:
+    """A few words and all bytes."""
+    corpus = ["user assistant a red circle on a blue background"]
+    return toy_text.byte_level(corpus, special=special, size=400)

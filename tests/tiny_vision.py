@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2Pipeline
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BartConfig,
@@ -64,13 +63,7 @@ QWEN_TEMPLATE = """{%- for message in messages -%}
 def make_dev(folder: Path, *, tied: bool = False) -> Path:
     """A base of dev's classes whose text encoder can see; its tokenizer folder is dev's."""
     tokenizer = _mistral_tokenizer()
-    Flux2Pipeline(
-        scheduler=tiny.scheduler(),
-        vae=tiny.vae(),
-        text_encoder=mistral(tokenizer, tied=tied),
-        tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
-        transformer=tiny.transformer(guidance=True),
-    ).save_pretrained(folder)
+    tiny.save_dev(folder, tokenizer=tokenizer, text_encoder=mistral(tokenizer, tied=tied))
     save_pixtral_processor(folder / "tokenizer")
     return folder
 
@@ -128,7 +121,7 @@ def make_qwen(folder: Path) -> Path:
     """Qwen3-VL with its processor's files, video part and all."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=_core([*special, "<|image_pad|>", "<|video_pad|>"]),
+        tokenizer_object=tiny.byte_level([*special, "<|image_pad|>", "<|video_pad|>"]),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         padding_side="right",
@@ -185,7 +178,7 @@ def make_qwen(folder: Path) -> Path:
 
 def make_florence(folder: Path) -> Path:
     """Florence-2."""
-    core = _core(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    core = tiny.byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     core.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     ids = core.get_vocab()
     core.post_processor = TemplateProcessing(
@@ -262,14 +255,10 @@ def _mistral_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]"]
     special += ["[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=_core(special),
+        tokenizer_object=tiny.byte_level(special),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         padding_side="left",
         chat_template=MISTRAL_TEMPLATE,
     )
-
-
-def _core(special: list[str]) -> Tokenizer:
-    return tiny._byte_level(special)

@@ -6,7 +6,7 @@ training. Each part is fetched and loaded when it is needed and not before.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train import hub
 from train.config import BaseConfig
-from train.errors import ConfigError, MachineError
+from train.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
         Flux2Transformer2DModel,
     )
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from train.transformer import Place
+    from train.weights import Files
 
 TOY_FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "toy" / "base"
 
@@ -82,6 +86,9 @@ class Base:
     family: Family
     distilled: bool
     dtype: torch.dtype
+    quantize: str = "none"
+    transformer: Path | None = None
+    """The file that has the transformer's weights instead of the base's own."""
 
     def folder(self, part: str) -> Path:
         """The local folder of one part, fetched first if the base is on the hub."""
@@ -100,7 +107,7 @@ class Base:
                 self.source, revision=self.revision, allow_patterns=[f"{part}/*"]
             )
 
-        return Path(_from_hub(self.source, download)) / part
+        return Path(hub.fetch(self.source, download)) / part
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> "AutoencoderKLFlux2":
         """The VAE, frozen."""
@@ -109,14 +116,30 @@ class Base:
         vae = AutoencoderKLFlux2.from_pretrained(self.folder("vae"), dtype=dtype)
         return _frozen(vae, device)
 
-    def load_transformer(self, device: torch.device) -> "Flux2Transformer2DModel":
-        """The transformer, frozen, in the base's type."""
-        from diffusers import Flux2Transformer2DModel
+    def transformer_files(self) -> "Files":
+        """Where the transformer's weights are; of a base whose file is given, only the config."""
+        from train.weights import Files
 
-        transformer = Flux2Transformer2DModel.from_pretrained(
-            self.folder("transformer"), dtype=self.dtype
-        )
-        return _frozen(transformer, device)
+        if self.transformer is None:
+            folder = self.folder("transformer")
+            return Files(folder / "config.json", folder, None, self.dtype, self.quantize)
+        if Path(self.source).is_dir():
+            config = self.folder("transformer") / "config.json"
+        else:
+            config = Path(hub.fetch_file(self.source, "transformer/config.json", self.revision))
+        return Files(config, None, self.transformer, self.dtype, self.quantize)
+
+    def load_transformer(
+        self, device: torch.device, *, place: "Place | None" = None, cache: Path | None = None
+    ) -> "Flux2Transformer2DModel":
+        """The transformer, frozen, in the base's type or quantised on the device.
+
+        place: says of each parameter where it stays; none means on the device. cache: folder that
+        keeps a quantised copy for the next time. Raises ConfigError for weights that don't fit.
+        """
+        from train import transformer
+
+        return transformer.load(self.transformer_files(), device, place=place, cache=cache)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer with its chat template; for dev without its image processor."""
@@ -253,7 +276,19 @@ def resolve(config: BaseConfig) -> Base:
             "pictures. Train on its base checkpoint (klein-4b, klein-9b): the adapter works on the "
             "distilled one too. base.allow_distilled: true insists."
         )
-    return Base(config.model, source, revision, family, distilled, DTYPES[config.dtype])
+    found = Base(
+        config.model,
+        source,
+        revision,
+        family,
+        distilled,
+        DTYPES[config.dtype],
+        config.quantize,
+        None if config.transformer is None else Path(config.transformer),
+    )
+    if found.transformer is not None:
+        found.transformer_files().source()  # hours before it is loaded, if prompts come first
+    return found
 
 
 def _read_index(source: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
@@ -274,49 +309,6 @@ def _read_index(source: str, revision: str | None) -> tuple[dict[str, Any], str 
             f"(owner/name) or one of {known}."
         )
     else:
-        from huggingface_hub import hf_hub_download
-
-        def download() -> str:
-            return hf_hub_download(source, "model_index.json", revision=revision)
-
-        path = Path(_from_hub(source, download))
+        path = Path(hub.fetch_file(source, "model_index.json", revision))
         commit = path.parent.name
     return json.loads(path.read_text(encoding="utf-8")), commit
-
-
-def _from_hub(repository: str, download: Callable[[], str]) -> str:
-    """Run a download and say what to do where it can't."""
-    from huggingface_hub import errors
-
-    page = f"huggingface.co/{repository}"
-    try:
-        return download()
-    except errors.GatedRepoError:
-        problem = (
-            f"{repository} is gated. Accept its licence on {page}, then log in on this machine "
-            "with `hf auth login` (or set HF_TOKEN)."
-        )
-    except errors.RevisionNotFoundError:
-        problem = f"{repository} has no such base.revision; its revisions are listed on {page}."
-    except errors.RepositoryNotFoundError:
-        problem = (
-            f"{repository} isn't on the hub, or is private and this login can't see it. "
-            f"Check its name on {page}, and `hf auth login`."
-        )
-    except errors.HFValidationError:
-        raise ConfigError(
-            f"base.model: there is no folder {repository}, and no hub repository can have that name"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        problem = (
-            f"{repository} isn't on this machine and the hub can't be reached. Connect once, or "
-            "unset HF_HUB_OFFLINE, or give base.model a local diffusers folder."
-        )
-    except errors.RemoteEntryNotFoundError:
-        problem = (
-            f"{repository} has no model_index.json. It must be a whole diffusers repository; "
-            f"what it holds is listed on {page}."
-        )
-    except errors.HfHubHTTPError as error:
-        problem = f"the hub refused {repository}: {error}. `kindling doctor` checks the login."
-    raise MachineError(f"base.model: {problem}")

@@ -4,6 +4,7 @@ Shape suffixes: B pictures of one geometry, D patch channels, h and w patches, L
 width of the text embedding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +31,20 @@ class Batch:
     """Files, for messages."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """The same batch on another device; a pinned one goes there while the CPU works on."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(torch.Tensor.pin_memory)
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
-            latents_BDhw=move(self.latents_BDhw),
-            noise_BDhw=move(self.noise_BDhw),
-            weight_Bhw=move(self.weight_Bhw),
-            sigma_B=move(self.sigma_B),
-            text_BLJ=move(self.text_BLJ),
-            references=tuple(move(reference) for reference in self.references),
+            latents_BDhw=change(self.latents_BDhw),
+            noise_BDhw=change(self.noise_BDhw),
+            weight_Bhw=change(self.weight_Bhw),
+            sigma_B=change(self.sigma_B),
+            text_BLJ=change(self.text_BLJ),
+            references=tuple(change(reference) for reference in self.references),
             names=self.names,
         )

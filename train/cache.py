@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.errors import CheckpointError
+from train.files import writing
 
 DIGESTS = "digests.json"
 """In a cache's folder: the memo of `FileDigests`."""
@@ -50,17 +51,18 @@ class Cache:
         return True
 
     def put(self, key: str, tensors: dict[str, Tensor], *, notes: dict[str, str]) -> None:
-        """Write an entry: all of it or nothing."""
+        """Write an entry: all of it or nothing. Raises MachineError if it can't be."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {**notes, "checksum": _checksum(tensors)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            os.close(handle)
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
 
     def get(self, key: str) -> dict[str, Tensor]:
         """An entry's tensors on the CPU. Raises CheckpointError if it is missing or damaged."""

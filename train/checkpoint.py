@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from train.errors import CheckpointError
+from train.files import writing
 from train.lora import Adapter
 
 NAME = re.compile(r"step-(\d{6,})")
@@ -61,17 +62,36 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `folder`/step-N atomically, then delete all but the newest `keep` up to it.
 
     Later ones, which can only be damaged or a past life's, don't count and are left to be replaced.
+    Raises MachineError if it can't be written; the ones before stay.
     """
     final = folder / f"step-{checkpoint.progress.step:06d}"
     making = folder / f".making-{final.name}"
     for leftover in folder.glob(".making-*"):  # of a save that was killed
         shutil.rmtree(leftover)
-    making.mkdir(parents=True)
+    with writing(final):
+        making.mkdir(parents=True)
+        try:
+            _write(making, checkpoint)
+        except BaseException:
+            shutil.rmtree(making)  # it may be what filled the disk
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(making, final)
+        _flush(folder)
+    saved = list_checkpoints(folder)
+    for old in saved[: saved.index(final) + 1][:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(making: Path, checkpoint: Checkpoint) -> None:
+    """All files of a checkpoint, down to the disk."""
     adapter = checkpoint.adapter
     tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
     tensors |= {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
     save_file(tensors, making / "adapter.safetensors")
-    torch.save(checkpoint.optimizer, making / "optimizer.pt")
+    with (making / "optimizer.pt").open("wb") as file:  # by name, torch would hide what went wrong
+        torch.save(checkpoint.optimizer, file)
     facts = {"progress": asdict(checkpoint.progress), "rank": adapter.rank, "alpha": adapter.alpha}
     facts["files"] = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in making.iterdir()
@@ -80,13 +100,6 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     (making / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in (*making.iterdir(), making):
         _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(making, final)
-    _flush(folder)
-    saved = list_checkpoints(folder)
-    for old in saved[: saved.index(final) + 1][:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -83,7 +83,7 @@ def draw_all(
         resolution=max(config.data.resolutions),
         seeds=[*range(seeds)] * len(prompts),
     )
-    transformer = base.load_transformer(device)
+    transformer = base.load_transformer(device, cache=cache.root)
     empty = texts.get(cache, keys.prompt(""))
     drawn = []
     for column in tqdm(columns, desc="draw", unit="column", delay=2):

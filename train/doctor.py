@@ -91,7 +91,7 @@ def guarded(name: str, check: Check, *, broken: State = "missing") -> Iterator[F
     """The check's findings; if a library breaks it, that is the finding."""
     try:
         yield from check()
-    except Exception as error:
+    except Exception as error:  # a half-installed library may break in any way
         yield Finding(name, broken, first_line(error), REINSTALL)
 
 
@@ -248,6 +248,7 @@ def check_hub(*, online: bool) -> Iterator[Finding]:
 
 def check_licence() -> Finding:
     """Whether this login may download FLUX.2-dev, asked of the hub."""
+    import httpx
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     try:
@@ -255,6 +256,6 @@ def check_licence() -> Finding:
     except errors.GatedRepoError:
         todo = f"log in and accept the licence at https://huggingface.co/{GATED}"
         return Finding("licence", "look", f"no access to {GATED}", todo)
-    except Exception as error:
+    except (OSError, httpx.HTTPError) as error:
         return Finding("licence", "look", first_line(error), "try again later")
     return Finding("licence", "OK", f"{GATED} can be downloaded")

@@ -76,29 +76,26 @@ class Keys:
 
     def picture(self, picture: Picture) -> str:
         """The entry of a picture: `latents` (D, h, w), fp32, normalised."""
-        return key(
-            kind="picture",
-            vae=self.vae,
-            picture=picture.sha256,
-            width=picture.geometry.width,
-            height=picture.geometry.height,
-            flip=picture.flip,
-        )
+        return key(kind="picture", vae=self.vae, **_view(picture))
 
     def mask(self, mask: Mask) -> str:
         """The entry of a mask: `mask` (h, w), fp32, the share of each patch that is learnt."""
-        return key(
-            kind="mask",
-            picture=mask.sha256,
-            alpha=mask.alpha,
-            width=mask.geometry.width,
-            height=mask.geometry.height,
-            flip=mask.flip,
-        )
+        return key(kind="mask", alpha=mask.alpha, **_view(mask))
 
     def prompt(self, prompt: str) -> str:
         """The entry of a prompt, laid out as `texts` says."""
         return key(kind="prompt", layout=2, encoder=self.text, prompt=prompt)
+
+
+def _view(shown: Picture | Mask) -> dict[str, Any]:
+    """Facts of both: the file's contents, and how they are cropped and turned."""
+    size = shown.geometry
+    return {
+        "picture": shown.sha256,
+        "width": size.width,
+        "height": size.height,
+        "flip": shown.flip,
+    }
 
 
 @torch.no_grad()

@@ -31,6 +31,14 @@ class TrainingError(UserError):
     """Training can't go on: the loss isn't a number any more."""
 
 
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A signal ended a run after all was saved; the exit status is 128 and its number."""
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def bullet_list(title: str, lines: Sequence[str], *, limit: int = 50) -> str:
     """`title` and one indented line for each of `lines`, the first `limit` of them in full."""
     shown = [f"  {line}" for line in lines[:limit]]

@@ -36,21 +36,29 @@ def unpack(tokens_BND: Tensor, *, height: int, width: int) -> Tensor:
     return tokens_BND.transpose(1, 2).unflatten(2, (height, width))
 
 
-def image_ids(height: int, width: int, *, time: int = 0) -> Tensor:
-    """Positions (T, H, W, L) of a picture of h x w patches: (h w, 4), int64."""
-    axes = (torch.tensor([time]), torch.arange(height), torch.arange(width), torch.tensor([0]))
-    return torch.cartesian_prod(*axes)
+def image_ids(
+    height: int, width: int, *, time: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Positions (T, H, W, L) of a picture of h x w patches: (h w, 4), int64.
+
+    Made on the device: to copy them there would make the CPU wait for it.
+    """
+    ids = torch.zeros(height, width, 4, dtype=torch.int64, device=device)
+    ids[..., 0] = time
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)
+    return ids.flatten(0, 1)
 
 
-def reference_ids(sizes: list[tuple[int, int]]) -> Tensor:
+def reference_ids(sizes: list[tuple[int, int]], *, device: torch.device | None = None) -> Tensor:
     """Positions of reference pictures of (h, w) patches each, in order: (sum of h w, 4), int64."""
     times = range(REFERENCE_TIME, REFERENCE_TIME * (len(sizes) + 1), REFERENCE_TIME)
-    ids = [image_ids(h, w, time=t) for (h, w), t in zip(sizes, times, strict=True)]
-    return torch.cat(ids) if ids else torch.empty(0, 4, dtype=torch.int64)
+    ids = [image_ids(h, w, time=t, device=device) for (h, w), t in zip(sizes, times, strict=True)]
+    return torch.cat(ids) if ids else torch.empty(0, 4, dtype=torch.int64, device=device)
 
 
-def text_ids(length: int) -> Tensor:
+def text_ids(length: int, *, device: torch.device | None = None) -> Tensor:
     """Positions of a prompt, pads included: (length, 4), int64."""
-    ids = torch.zeros(length, 4, dtype=torch.int64)
-    ids[:, 3] = torch.arange(length)
+    ids = torch.zeros(length, 4, dtype=torch.int64, device=device)
+    ids[:, 3] = torch.arange(length, device=device)
     return ids

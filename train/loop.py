@@ -23,16 +23,28 @@ class Trainer(Protocol):
         """Make preview pictures."""
         ...
 
+    @property
+    def stopping(self) -> bool:
+        """Whether to save and end after this step."""
+        ...
+
 
 def fit(
     trainer: Trainer, *, start: int, steps: int, checkpoint_every: int, preview_every: int
-) -> None:
-    """Train from `start` steps done to `steps`. The last step is always saved and previewed."""
+) -> int:
+    """Train from `start` steps done to `steps`. The last step is always saved and previewed.
+
+    Returns the steps done: fewer than `steps` if the trainer is told to stop.
+    """
     if start == 0:
         trainer.preview(0)
     for done, batch in enumerate(trainer.batches(start, steps), start=start + 1):
         trainer.step(done, batch)
-        if done == steps or done % checkpoint_every == 0:
+        stopping = trainer.stopping and done < steps
+        if done == steps or done % checkpoint_every == 0 or stopping:
             trainer.save(done)
+        if stopping:
+            return done
         if done == steps or done % preview_every == 0:
             trainer.preview(done)
+    return steps

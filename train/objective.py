@@ -26,17 +26,21 @@ def predict(
     """
     clean = batch.latents_BDhw
     B, _, h, w = clean.shape
+    device = clean.device
     noised = flow.noised(clean, batch.noise_BDhw, sigma=batch.sigma_B)
     tokens = [latents.pack(part).to(dtype) for part in (noised, *batch.references)]
     sizes = [(r.shape[2], r.shape[3]) for r in batch.references]
-    image_ids = torch.cat([latents.image_ids(h, w), latents.reference_ids(sizes)])
+    positions = [
+        latents.image_ids(h, w, device=device),
+        latents.reference_ids(sizes, device=device),
+    ]
     prediction = transformer(
         hidden_states=torch.cat(tokens, dim=1),
         encoder_hidden_states=batch.text_BLJ.to(dtype),
         timestep=flow.model_time(batch.sigma_B, dtype=dtype),
-        guidance=None if guidance is None else torch.full((B,), guidance, device=clean.device),
-        img_ids=image_ids.to(clean.device),
-        txt_ids=latents.text_ids(batch.text_BLJ.shape[1]).to(clean.device),
+        guidance=None if guidance is None else torch.full((B,), guidance, device=device),
+        img_ids=torch.cat(positions),
+        txt_ids=latents.text_ids(batch.text_BLJ.shape[1], device=device),
         return_dict=False,
     )[0]
     return latents.unpack(prediction[:, : h * w].float(), height=h, width=w)

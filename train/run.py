@@ -2,8 +2,9 @@
 
 import json
 import platform
+import signal
 import time
-from fnmatch import fnmatchcase
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from train import (
+    assemble,
     checkpoint,
     config_load,
     encode_text,
     loop,
-    lora,
-    randomness,
+    resumption,
     sample,
     texts,
 )
@@ -27,29 +28,12 @@ from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader
-from train.errors import ConfigError, bullet_list
+from train.errors import ConfigError, Stopped, bullet_list
+from train.files import writing
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker
 from train.trainer import Previews, Trainer
-
-FREE_TO_CHANGE = (
-    "name",
-    "output",
-    "cache",
-    "data.path",  # the digest tells whether its contents changed
-    "more_data.*.path",
-    "optim.lr",
-    "train.steps",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "preview.*",
-    "track.*",
-    "export.*",
-    "memory.*",
-)
-"""Settings that a resumed run may have otherwise; any other would make it another run."""
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -59,38 +43,63 @@ TIMINGS = "timings.json"
 """When each phase of the newest start was over, in Unix seconds; `begin` is when imports were."""
 
 
-def run(config: Config, *, resume: bool) -> None:
-    """Do what a config says. Raises UserError where the user must change something."""
+def run(config: Config, *, resume: bool, accept: bool = False) -> None:
+    """Do what a config says. Raises UserError where the user must change something.
+
+    resume: go on where an earlier run of this config ended. accept: changed settings and pictures
+    are meant.
+    """
     ends = {"begin": time.time()}
     accelerator = _accelerator()
     folder = Path(config.output) / config.name
-    saved = _find_saved(folder, config, resume=resume, accelerator=accelerator)
+    saved, said = resumption.find(
+        folder, config, resume=resume, accept=accept, world=accelerator.num_processes
+    )
     base = resolve(config.base)
     say = accelerator.print
+    for line in said:
+        say(line)
     prepared = prepare(config, base, accelerator=accelerator)
     ends |= {"data": prepared.read_at, "encode": time.time()}
     say(describe(config, base, prepared, world=accelerator.num_processes))
     with accelerator.main_process_first():
         origin = Origin(data=prepared.digest, base=base_digest(base, prepared))
+    pictures = resumption.list_pictures(one.collection for one in prepared.sets)
     if saved:
-        _same_origin(saved, origin, folder=folder)
+        for line in resumption.check_origin(
+            saved, origin, folder=folder, pictures=pictures, accept=accept
+        ):
+            say(line)
+    accelerator.wait_for_everyone()  # all have read the list before it is replaced
     if accelerator.is_main_process:
-        _write_facts(folder, config)
+        with writing(folder):
+            _write_facts(folder, config)
+            resumption.write_pictures(folder, pictures)
     accelerator.wait_for_everyone()
-    trainer, transformer = _build(
+    trainer, transformer, undo = _build(
         config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
     )
     if accelerator.is_main_process:
         ends["load"] = time.time()
         (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
-    loop.fit(
-        trainer,
-        start=saved.progress.step if saved else 0,
-        steps=config.train.steps,
-        checkpoint_every=config.train.checkpoint_every,
-        preview_every=config.preview.every,
-    )
+    with trainer.wish as wish:
+        done = loop.fit(
+            trainer,
+            start=saved.progress.step if saved else 0,
+            steps=config.train.steps,
+            checkpoint_every=config.train.checkpoint_every,
+            preview_every=config.preview.every,
+        )
     trainer.finish()
+    undo.close()
+    if done < config.train.steps:
+        accelerator.end_training()
+        cause = wish.signal or signal.SIGTERM  # another process had it
+        message = (
+            f"{folder}: stopped by {cause.name} after step {done}, which is saved. "
+            "The same command with --resume goes on."
+        )
+        raise Stopped(message if accelerator.is_main_process else "", signal=cause)
     if accelerator.is_main_process:
         transformer.unload_lora()
         newest, _ = checkpoint.newest_good(folder / "checkpoints")
@@ -159,81 +168,10 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
     return lines
 
 
-def _find_saved(
-    folder: Path, config: Config, *, resume: bool, accelerator: Accelerator
-) -> Checkpoint | None:
-    """The checkpoint to continue from. Raises ConfigError rather than train over another run."""
-    checkpoints = folder / "checkpoints"
-    existing = checkpoint.list_checkpoints(checkpoints)
-    if existing and not resume:
-        raise ConfigError(
-            f"{folder}: this run already has checkpoints (up to {existing[-1].name}). "
-            "Continue it with --resume, or give the config another name."
-        )
-    newest, faults = checkpoint.newest_good(checkpoints)
-    for fault in faults:
-        accelerator.print(f"passed over: {fault}")
-    if newest is None:
-        if resume:
-            accelerator.print(f"{folder}: nothing to resume; starting from the beginning")
-        return None
-    saved = checkpoint.load(newest)
-    changed = changed_settings(saved.progress.config, config.model_dump(mode="json"))
-    if changed:
-        title = f"{folder}: the config differs from the run's. Put back, or use another name:"
-        raise ConfigError(bullet_list(title, changed))
-    if saved.progress.world != accelerator.num_processes:
-        raise ConfigError(
-            f"{folder}: it was trained with {saved.progress.world} processes, not "
-            f"{accelerator.num_processes}. Launch it with as many, or start a run of another name."
-        )
-    accelerator.print(f"resuming after step {saved.progress.step} ({newest})")
-    return saved
-
-
 def base_digest(base: Base, prepared: Prepared) -> str:
     """Digest of all weights that a run depends on; reads a local transformer once."""
-    digests = FileDigests(prepared.cache.root / DIGESTS)
-    transformer = digests.folder(base.folder("transformer"))
+    transformer = base.transformer_files().digest(FileDigests(prepared.cache.root / DIGESTS))
     return key(kind="base", parts=(prepared.keys.vae, prepared.keys.text, transformer))
-
-
-def _same_origin(saved: Checkpoint, origin: Origin, *, folder: Path) -> None:
-    """Raises ConfigError if a checkpoint is of other data or of another base."""
-    was = saved.progress.origin
-    changed = {
-        "pictures or captions": was.data != origin.data,
-        "base model's files": was.base != origin.base,
-    }
-    names = " and ".join(name for name, differs in changed.items() if differs)
-    if names:
-        raise ConfigError(
-            f"{folder}: its {names} changed since step {saved.progress.step}. "
-            "Put them back, or start a run of another name."
-        )
-
-
-def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for each setting that differs and isn't free to change."""
-    old, new = _flat(before), _flat(after)
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(fnmatchcase(key, free) for free in FREE_TO_CHANGE)
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            value = {str(number): item for number, item in enumerate(value, start=1)}
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
-    return leaves
 
 
 def _order(config: Config, prepared: Prepared) -> Mixture:
@@ -257,13 +195,13 @@ def _build(
     accelerator: Accelerator,
     origin: Origin,
     saved: Checkpoint | None,
-) -> tuple[Trainer, Any]:
-    """The trainer, restored if there is something to restore, and its transformer."""
+) -> tuple[Trainer, Any, ExitStack]:
+    """The trainer, restored if there is something to restore, its transformer, and the way back
+    to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
-    transformer = base.load_transformer(accelerator.device)
-    lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
-    if config.memory.gradient_checkpointing == "all":
-        transformer.enable_gradient_checkpointing()
+    with accelerator.main_process_first():  # it makes the quantised copy, the others read that
+        transformer = base.load_transformer(accelerator.device, cache=prepared.cache.root)
+    assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
     settings = config.model_dump(mode="json")
     tracker = Tracker(
         folder,
@@ -296,7 +234,7 @@ def _build(
     )
     if saved:
         trainer.restore(saved)
-    return trainer, transformer
+    return trainer, transformer, assembled.undo
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from train.base import Base
 from train.config import PreviewConfig
+from train.files import writing
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def draw(
 
 def save_all(pictures: Sequence[Image.Image], folder: Path, *, step: int) -> list[Path]:
     """Write previews as step-000100-0.png, step-000100-1.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"step-{step:06d}-{number}.png" for number in range(len(pictures))]
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture, path in zip(pictures, paths, strict=True):
+            picture.save(path)
     return paths

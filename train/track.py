@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from train.config import TrackConfig
 from train.errors import MachineError
+from train.files import writing
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb-id.txt"
@@ -53,8 +54,9 @@ class Tracker:
         """Record the step after which `done` steps are done."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": done, **metrics}) + "\n")
-        self._file.flush()
+        with writing(Path(self._file.name)):
+            self._file.write(json.dumps({"step": done, **metrics}) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=done)
         summary = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.3f}"

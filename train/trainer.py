@@ -16,11 +16,13 @@ from accelerate.utils import gather_object
 
 from train import checkpoint, lora, objective, optim, randomness, sample
 from train.base import Base
+from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
 from train.data import Loader, Portion, portions
 from train.errors import TrainingError
-from train.order import Mixture
+from train.interrupt import Wish
+from train.order import Mixture, Showing
 from train.track import Tracker
 
 
@@ -40,7 +42,7 @@ class Pending:
     done: int
     names: list[str]
     figures: torch.Tensor
-    """Loss and gradient norm, on the CPU once `arrived` is over."""
+    """Loss, processes that wish to stop, gradient norm: on the CPU once `arrived` is over."""
     arrived: torch.cuda.Event | None
     facts: dict[str, float]
 
@@ -77,13 +79,20 @@ class Trainer:
         embedded = transformer.config.guidance_embeds
         self._guidance = config.flow.guidance if embedded else None
         self._pending: Pending | None = None
+        self.wish = Wish()
+        self._stopping = False
         self._clock = time.monotonic()
 
     def batches(self, start: int, steps: int) -> Iterable[list[Portion]]:
         """This process's portions of each step, read one step ahead."""
+
+        def load(showings: Sequence[Showing]) -> Batch:
+            batch = self._loader(showings)
+            return batch.pinned() if self._accelerator.device.type == "cuda" else batch
+
         return portions(
             self._order,
-            self._loader,
+            load,
             steps=range(start, steps),
             accumulate=self._config.train.accumulate,
             rank=self._accelerator.process_index,
@@ -105,9 +114,10 @@ class Trainer:
         assert norm is not None
         self._optimizer.step()
         self._settle()
-        loss = accelerator.reduce(total, "sum")
-        assert isinstance(loss, torch.Tensor)
-        figures = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        wish = total.new_full((), self.wish.signal is not None)
+        sums = accelerator.reduce(torch.stack([total, wish]), "sum")
+        assert isinstance(sums, torch.Tensor)
+        figures = torch.cat([sums, norm[None]]).to("cpu", non_blocking=True)
         arrived = torch.cuda.Event() if total.is_cuda else None
         if arrived is not None:
             arrived.record()
@@ -164,6 +174,11 @@ class Trainer:
         self._tracker.close()
 
     @property
+    def stopping(self) -> bool:
+        """Whether a process was told to stop, which all of them see after the same step."""
+        return self._stopping
+
+    @property
     def _world(self) -> int:
         return self._accelerator.num_processes
 
@@ -195,7 +210,8 @@ class Trainer:
             return
         if step.arrived is not None:
             step.arrived.synchronize()
-        loss, norm = step.figures.tolist()
+        loss, wishes, norm = step.figures.tolist()
+        self._stopping = wishes > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = sorted(set(gather_object(step.names)))
             raise TrainingError(

@@ -7,6 +7,7 @@ as a stranger's file could name any file of this machine; only files of the same
 fetched.
 """
 
+import itertools
 import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ def open_table(source: str, *, split: str | None, subset: str | None, columns: C
     try:
         rows, hub = _load(source, split=split, subset=subset)
         features = dict(rows.features or next(iter(rows), {}))
-    except Exception as error:  # hub, pyarrow and datasets share no base class
+    except Exception as error:  # datasets and pyarrow raise whatever foreign bytes lead them to
         raise _unreadable(source, error) from None
     names = list(features)
     image = columns.image or _only(source, _pictures(features), names, "picture", "--image")
@@ -84,18 +85,18 @@ def read(
 
     names: those that are taken, which may grow meanwhile; a picture without a file_name gives way.
     """
-    number = skip
-    try:
-        for row in table.rows.skip(skip) if skip else table.rows:
-            number += 1
-            try:
-                yield f"row {number}", _sample(row, number, table, names)
-            except TextError as error:
-                yield f"row {number}", error
-    except DataError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(f"{source}, behind row {number}", error) from None
+    rows = iter(table.rows.skip(skip) if skip else table.rows)
+    for number in itertools.count(skip + 1):
+        try:
+            row = next(rows, None)
+        except Exception as error:  # as above
+            raise _unreadable(f"{source}, behind row {number - 1}", error) from None
+        if row is None:
+            return
+        try:
+            yield f"row {number}", _sample(row, number, table, names)
+        except TextError as error:
+            yield f"row {number}", error
 
 
 def write(path: Path, root: Path, found: list[Draft]) -> None:
@@ -286,15 +287,18 @@ def _file(value: Any, table: Table, *, what: str) -> File:
 
 
 def _fetch(path: str, table: Table) -> bytes:
-    """A file that a row of a hub data set names."""
+    """A file that a row of a hub data set names. Raises DataError if it can't be had."""
     own = f"hf://datasets/{table.hub}"
     if table.hub is None or not path.startswith((f"{own}/", f"{own}@")) or ".." in path:
         said = f"names a file ({path[:80]!r}) instead of holding its bytes" if path else "is empty"
         raise TextError(f"the picture {said}; only bytes in the data set itself are taken")
     import fsspec
 
-    with fsspec.open(path, "rb") as stream:
-        return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with fsspec.open(path, "rb") as stream:
+            return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as error:  # fsspec, hub and httpx share no base class
+        raise _unreadable(path, error) from None
 
 
 def _name(target: File, number: int, names: Container[str]) -> str:

@@ -6,6 +6,7 @@ what came before. Unknown words (any language) fall apart into bytes, never into
 """
 
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from scripts.toy.draw import caption, sample_scene
 MAX_TOKENS = 32
 WIDTH = 48
 VOCABULARY = 512
+SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]")
 
 # The shape of dev's template: system message, then the user's turn in [INST] tags.
 CHAT_TEMPLATE = """{{ bos_token }}
@@ -52,24 +54,36 @@ CHAT_TEMPLATE = """{{ bos_token }}
 
 
 def new_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt on captions; the whole system message is one token of it."""
+    """Byte-level BPE learnt on captions, in which a word is the same wherever it stands."""
     rng = random.Random(seed)
     corpus = [caption(sample_scene(rng), rng) for _ in range(5000)]
-    special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    return as_dev(byte_level(corpus, special=SPECIAL, size=VOCABULARY, folded=True))
+
+
+def byte_level(
+    corpus: Iterable[str], *, special: Sequence[str], size: int, folded: bool = False
+) -> Tokenizer:
+    """Byte-level BPE of `size` tokens, `special` first; folded: lower case, a space in front."""
+    core = Tokenizer(models.BPE())
+    if folded:
+        core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=folded)
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
+        vocab_size=size,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False, special=True)])
+    core.train_from_iterator(corpus, trainer)
+    return core
+
+
+def as_dev(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """With dev's padding and the toy's template; the whole system message becomes one token."""
+    core.add_special_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False, special=True)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=core,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

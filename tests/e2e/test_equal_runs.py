@@ -98,8 +98,8 @@ def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
-def test_another_seed_is_another_run(train_run: TrainRun, shared):
+def test_another_seed_is_another_run(train_run: TrainRun):
     """So that the tests above don't compare runs which nothing moves."""
     one = train_run("seed 1", train={"steps": 3})
-    two = train_run("seed 2", train={"steps": 3}, data={"caption_dropout": 1.0})
+    two = train_run("seed 2", train={"steps": 3}, seed=8)
     assert runs.adapter_change(one, two) > 1e-4

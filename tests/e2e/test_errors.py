@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from scripts.kindling import run_main
 from tests import damage, runs
 from train import checkpoint, trainer
+from train.errors import bullet_list
 from train.objective import losses
 
 PROGRESS = re.compile(r"^step \d+/\d+  loss|Loading weights")
@@ -107,23 +108,44 @@ def test_an_existing_run_is_never_trained_over(config, typed, folder):
         f"{folder}: this run already has checkpoints (up to step-000004). "
         "Continue it with --resume, or give the config another name.",
     )
-    assert typed(config, "--resume", "lora.rank=8", "seed=8", "train.log_every=5") == (
+    changes = "--resume", "seed=8", "train.log_every=5"
+    assert typed(config, *changes) == (
+        2,
+        f"{folder}: the config differs from the run's. Put back, use another name, or say that it "
+        "is meant with --accept-changes:\n"
+        "  seed: 7 -> 8",
+    )
+    assert typed(config, *changes, "lora.rank=8", "--accept-changes") == (
         2,
         f"{folder}: the config differs from the run's. Put back, or use another name:\n"
-        "  lora.rank: 4 -> 8\n"
-        "  seed: 7 -> 8",
+        "  lora.rank: 4 -> 8",
     )
     assert runs.metrics(folder, drop=()) == before
 
 
-def test_changed_pictures_or_captions_are_another_run(config, typed, folder, tmp_path):
+def test_changed_pictures_and_settings_need_a_yes(config, typed, folder, tmp_path, capsys):
     assert typed(config)[0] == 0
-    (tmp_path / "pictures" / "0.txt").write_text("something else", encoding="utf-8")
-    assert typed(config, "--resume") == (
+    pictures = tmp_path / "pictures"
+    (pictures / "0.txt").write_text("something else", encoding="utf-8")
+    for kind in ("png", "txt"):
+        shutil.move(pictures / f"1.{kind}", pictures / f"new.{kind}")
+    changes = ["another caption of 0.png", "gone: 1.png", "added new.png"]
+    assert typed(config, "--resume", "train.steps=6") == (
         2,
-        f"{folder}: its pictures or captions changed since step 4. "
-        "Put them back, or start a run of another name.",
+        bullet_list(
+            f"{folder}: changed since step 4. Put back, use another name, or say that it is meant "
+            "with --accept-changes:",
+            changes,
+        ),
     )
+    launcher = load_launcher()
+    arguments = ["--config", str(config), "--resume", "train.steps=6", "seed=8"]
+    assert run_main(lambda: launcher.main([*arguments, "--accept-changes"])) == 0
+    output = capsys.readouterr().out
+    assert bullet_list("accepted changes:", changes) in output
+    assert bullet_list("accepted changes:", ["seed: 7 -> 8"]) in output
+    assert [row["step"] for row in runs.metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert typed(config, "--resume", "train.steps=7", "seed=8")[0] == 0, "from now on it is so"
 
 
 def test_another_base_is_another_run(config, typed, folder, dev_folder, tmp_path):
@@ -132,10 +154,9 @@ def test_another_base_is_another_run(config, typed, folder, dev_folder, tmp_path
     weights = next((base / "transformer").glob("*.safetensors"))
     tensors = {name: tensor + 1e-3 for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert typed(config, f"base.model={base}", "--resume") == (
+    assert typed(config, f"base.model={base}", "--resume", "--accept-changes") == (
         2,
-        f"{folder}: its base model's files changed since step 4. "
-        "Put them back, or start a run of another name.",
+        f"{folder}: changed since step 4. Put back, or use another name:\n  the base model's files",
     )
 
 

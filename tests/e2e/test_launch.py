@@ -39,7 +39,7 @@ def test_a_folder_of_pictures_becomes_an_adapter_with_everything_beside_it(whole
     folder, output = whole
     assert {path.name for path in folder.iterdir()} == {
         *("checkpoints", "config.yaml", "metrics.jsonl", "previews", "tiny.certificate.json"),
-        *("timings.json", "tiny.safetensors", "versions.json"),
+        *("pictures.json", "timings.json", "tiny.safetensors", "versions.json"),
     }
     certificate = json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))
     assert certificate["passed"]

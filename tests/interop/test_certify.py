@@ -135,6 +135,11 @@ def test_a_bad_file_fails(fault: str, dev: Any, adapter: Adapter, tmp_path: Path
     json.dumps(certificate, allow_nan=False)
 
 
+def blamed(certificate: dict[str, Any]) -> set[str]:
+    """Whom the reasons are about."""
+    return {reason.partition(": ")[0] for reason in certificate["reasons"]}
+
+
 def test_a_wrong_alpha_in_the_metadata_fails_in_diffusers_alone(
     dev: Any, adapter: Adapter, tmp_path: Path
 ) -> None:
@@ -145,7 +150,7 @@ def test_a_wrong_alpha_in_the_metadata_fails_in_diffusers_alone(
     assert not certificate["passed"]
     assert (certificate["diffusers"]["strength"], certificate["comfyui"]["strength"]) == (3.0, 1.0)
     assert not certificate["diffusers"]["output"]["within_bound"]
-    assert all(reason.startswith("diffusers: ") for reason in certificate["reasons"])
+    assert blamed(certificate) == {"diffusers"}
 
 
 def test_alpha_only_in_the_metadata_fails_in_comfyui_alone(
@@ -157,7 +162,7 @@ def test_alpha_only_in_the_metadata_fails_in_comfyui_alone(
     certificate = certify.certify(path, adapter=adapter, pipeline=dev)
     assert (certificate["diffusers"]["strength"], certificate["comfyui"]["strength"]) == (1.0, 2.0)
     assert certificate["passed"] is False
-    assert all(reason.startswith("ComfyUI: ") for reason in certificate["reasons"])
+    assert blamed(certificate) == {"ComfyUI"}
 
 
 def test_rounding_excuses_no_more_than_rounding(dev: Any, adapter: Adapter, tmp_path: Path) -> None:

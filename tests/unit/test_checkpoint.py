@@ -1,8 +1,12 @@
 """Checkpoints: whole or absent, verified, rotated, equal to the bit."""
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import signal
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import pytest
@@ -168,3 +172,54 @@ def test_a_kill_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch, mod
     assert faults == []
     save_all(tmp_path, 20, keep=3)
     assert names(tmp_path) == ["step-000010", "step-000015", "step-000020"], "and leftovers go"
+
+
+# ---- killed at any moment
+
+INTERVAL = 3
+
+
+def train_from_newest(folder: Path, steps: int, done: "Synchronized[int]") -> None:
+    """A run in small: resumes, steps, saves every INTERVAL steps; `done` counts as it goes."""
+    newest, _ = checkpoint.newest_good(folder)
+    saved = checkpoint.load(newest) if newest else None
+    step = saved.progress.step if saved else 0
+    weight = saved.adapter.up["a"] if saved else torch.zeros(64, 4)
+    while step < steps:
+        step += 1
+        weight = weight * 0.9 + step
+        done.value = step
+        if step % INTERVAL == 0:
+            adapter = Adapter({"a": torch.ones(4, 64)}, {"a": weight}, 4, 4.0)
+            progress = Progress(step, {}, Origin(data="d", base="b"), 1)
+            checkpoint.save(folder, Checkpoint(progress, adapter, {"w": weight}), keep=2)
+
+
+def test_fifty_kills_never_lose_more_than_the_last_interval(tmp_path: Path):
+    """At random moments, most of them within a save, which is most of what this run does."""
+    fork = multiprocessing.get_context("fork")
+    done = fork.Value("l", 0)
+    random_seconds = random.Random(0)
+    lost = []
+    for _ in range(50):
+        process = fork.Process(target=train_from_newest, args=(tmp_path, 10**9, done))
+        process.start()
+        process.join(random_seconds.uniform(0.005, 0.06))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        newest, faults = checkpoint.newest_good(tmp_path)
+        assert faults == []
+        reached = checkpoint.load(newest).progress.step if newest else 0
+        lost.append(done.value - reached)
+        done.value = reached
+    assert max(lost) <= INTERVAL
+    assert max(lost) > 0, "some kill must have hit"
+    end = reached + 10 * INTERVAL
+    train_from_newest(tmp_path, end, done)
+    newest, _ = checkpoint.newest_good(tmp_path)
+    assert newest is not None
+    weight = torch.zeros(64, 4)
+    for step in range(1, end + 1):
+        weight = weight * 0.9 + step
+    assert torch.equal(checkpoint.load(newest).adapter.up["a"], weight)

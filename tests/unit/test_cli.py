@@ -240,4 +240,6 @@ def test_what_is_shown_of_pip(line: str, shown: str) -> None:
 def test_scripts_for_a_bare_python_parse_on_an_old_one(name: str) -> None:
     """An old python3 must get as far as the message that says so, or to a newer one."""
     path = ROOT / "scripts" / f"{name}.py"
-    ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
+    lazily = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert lazily[0].module == "__future__", "else `X | None` in a signature would be computed"

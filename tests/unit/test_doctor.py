@@ -175,7 +175,8 @@ def test_licence(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = GatedRepoError(
         "403", response=httpx.Response(403, request=httpx.Request("HEAD", "x:"))
     )
-    answers = iter([None, refused, TimeoutError("timed out")])
+    broken = [httpx.ConnectError("no route"), TimeoutError("timed out"), KeyError("a bug")]
+    answers = iter([None, refused, *broken])
 
     def ask(url: str, *, timeout: float) -> None:
         assert doctor.GATED in url
@@ -184,7 +185,10 @@ def test_licence(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
-    granted, gated, unreachable = (doctor.check_licence() for _ in range(3))
+    granted, gated, unrouted, unreachable = (doctor.check_licence() for _ in range(4))
     assert granted.state == "OK"
     assert (gated.state, "accept the licence" in gated.todo) == ("look", True)
+    assert (unrouted.state, unrouted.found) == ("look", "ConnectError: no route")
     assert (unreachable.state, unreachable.found) == ("look", "TimeoutError: timed out")
+    with pytest.raises(KeyError, match="a bug"):
+        doctor.check_licence()

@@ -2,13 +2,15 @@
 
 import io
 import time
+from dataclasses import replace
 from math import erf, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from data_tools import examine
+from data_tools import examine, pictures
 from data_tools.examine import Measures
 from tests.unit import hostile
 
@@ -27,7 +29,7 @@ def scene(seed: int) -> Image.Image:
 
 
 def look(image: Image.Image) -> Measures:
-    """What a file of this picture measures."""
+    """What this picture measures, at the size at which a file is looked at."""
     scale = min(1.0, examine.SIDE / max(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     return examine.measure(image.resize(size, Image.Resampling.BILINEAR))
@@ -56,6 +58,23 @@ def test_the_same_drawing_in_other_colours_is_another_picture() -> None:
     assert found(red, red.copy()) == [[0, 1]]
 
 
+def measured(path: Path) -> Measures:
+    """What a file measures, through the one way to open it."""
+    return examine.measure(pictures.look(path, side=examine.SIDE)[1])
+
+
+def test_like_pictures_are_one_group_and_blur_shows(tmp_path: Path) -> None:
+    for name, seed, blur in [("a.png", 1, 0), ("b.jpg", 1, 3), ("c.png", 2, 0)]:
+        scene(seed).filter(ImageFilter.GaussianBlur(blur)).save(tmp_path / name)
+    sharp, soft, other = (measured(tmp_path / name) for name in ("a.png", "b.jpg", "c.png"))
+    assert (sharp.phash ^ soft.phash).bit_count() <= 6 < (sharp.phash ^ other.phash).bit_count()
+    assert examine.alike([sharp, soft, other], bits=6) == [[0, 1]]
+    noise = hostile.picture(tmp_path / "n.png")
+    blurred = tmp_path / "blurred.png"
+    pictures.load_rgb(noise).filter(ImageFilter.GaussianBlur(2)).save(blurred)
+    assert measured(noise).sharpness > 5 * measured(blurred).sharpness
+
+
 def test_a_burst_is_one_group_though_its_ends_differ() -> None:
     base = Measures(0, bytes(192), 1, 0.5, 0, 0)
     steps = [0, (1 << 10) - 1, (1 << 20) - 1, (1 << 30) - 1]
@@ -64,6 +83,17 @@ def test_a_burst_is_one_group_though_its_ends_differ() -> None:
     assert examine.alike(burst) == [[0, 1, 2, 3]]
     assert examine.alike([burst[0], burst[2]]) == []
     assert examine.alike([]) == []
+
+
+def test_chains_are_one_group() -> None:
+    one = look(scene(1))
+
+    def groups(*hashes: int, bits: int) -> list[list[int]]:
+        return examine.alike([replace(one, phash=value) for value in hashes], bits=bits)
+
+    assert groups(0b0, 0b1111, 0b11, 0xFFFF, bits=2) == [[0, 1, 2]]
+    assert groups(bits=2) == []
+    assert groups(2**64 - 1, 0, bits=16) == []
 
 
 def test_ten_thousand_are_searched_in_seconds() -> None:

@@ -5,27 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import folder, records, sources
-from data_tools.records import Collection
+from data_tools import folder, sources
 from data_tools.sources import Draft, Fault, Note
 from tests.unit import hostile
-from train.config import DataConfig
+from tests.unit.folders import faults, survey
 from train.errors import DataError
-
-
-def survey(root: Path, **changes: object) -> Collection:
-    data = DataConfig.model_validate({"path": str(root), "resolution": 64} | changes)
-    return records.survey(data, progress=False)
 
 
 def drafts(root: Path) -> list[Draft]:
     gathered = sources.gather(root, folder.listing(root))
     assert gathered.faults == []
     return gathered.drafts
-
-
-def faults(root: Path, **changes: object) -> list[tuple[str, str]]:
-    return [(fault.path, fault.reason) for fault in survey(root, **changes).faults]
 
 
 def fill(root: Path, *names: str) -> None:

@@ -4,6 +4,7 @@ Each case puts something bad beside a good picture. What `survey` says of it mus
 the good picture must still be there, and `kindling inspect` must say it too and end with status 2.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -344,8 +345,6 @@ def test_flipped_bits_never_escape_as_another_error(tmp_path: Path) -> None:
             for place in random.integers(0, min(len(data), 400), 6):
                 broken[place] = random.integers(0, 256)
             path.write_bytes(broken)
-            try:
+            with contextlib.suppress(PictureError):
                 found = pictures.probe(path)
                 assert pictures.load_rgb(path).size == (found.width, found.height)
-            except PictureError:
-                pass

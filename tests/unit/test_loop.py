@@ -10,8 +10,9 @@ from train import loop
 class Diary:
     """A trainer that writes down what it is told, such as "step 3"."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_at: int = 0) -> None:
         self.lines: list[str] = []
+        self._stop_at = stop_at
 
     def batches(self, start: int, steps: int) -> Iterable[int]:
         return range(start, steps)
@@ -25,6 +26,10 @@ class Diary:
 
     def preview(self, done: int) -> None:
         self.lines.append(f"preview {done}")
+
+    @property
+    def stopping(self) -> bool:
+        return self.lines[-1] == f"step {self._stop_at}"
 
 
 def fit(*, start: int, steps: int, checkpoint_every: int, preview_every: int) -> list[str]:
@@ -64,3 +69,18 @@ def test_a_resumed_run_does_exactly_the_rest(start):
 
 def test_a_finished_run_does_nothing():
     assert fit(start=6, steps=6, checkpoint_every=2, preview_every=3) == []
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "expected"),
+    [
+        (1, ["preview 0", "step 1", "save 1"]),
+        (2, ["preview 0", "step 1", "step 2", "save 2"]),  # once, though it is due anyway
+        (4, ["preview 0", "step 1", "step 2", "save 2", "step 3", "step 4", "save 4", "preview 4"]),
+    ],
+)
+def test_told_to_stop_it_saves_and_ends(stop_at: int, expected: list[str]):
+    """After the last step there is nothing to stop."""
+    diary = Diary(stop_at=stop_at)
+    done = loop.fit(diary, start=0, steps=4, checkpoint_every=2, preview_every=10)
+    assert (diary.lines, done) == (expected, stop_at)

@@ -10,6 +10,7 @@ from data_tools import masks, records
 from data_tools.buckets import Geometry
 from data_tools.pictures import PictureError
 from tests import runs
+from tests.unit.folders import survey
 from train.config import DataConfig
 from train.errors import DataError
 
@@ -17,11 +18,6 @@ from train.errors import DataError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return runs.make_pictures(tmp_path, sizes=[runs.SQUARE] * 2)
-
-
-def survey(folder: Path, **settings: object) -> records.Collection:
-    data = DataConfig.model_validate({"path": str(folder), "resolution": 64, **settings})
-    return records.survey(data, progress=False)
 
 
 def write_mask(path: Path, *, size: tuple[int, int] = runs.SQUARE, value: int = 255) -> None:

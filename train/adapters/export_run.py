@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
-    transformer = base.load_transformer(device)
+    transformer = base.load_transformer(device, cache=Path(config.cache))
     certificate = publish(config, base, transformer, saved, path=output)
     print(summary(certificate, output))
     return 0 if certificate["passed"] else 1

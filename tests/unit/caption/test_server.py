@@ -11,16 +11,11 @@ from PIL import Image
 
 from data_tools.caption.captioners import Answer, Question, server
 from data_tools.caption.captioners.server import KEY_VARIABLE, Server, Settings
-from tests.caption_server import CaptionServer, Reply, completion, serve
+from tests.unit.caption.fake_server import CaptionServer, Reply, completion, serve
 from train.errors import ConfigError, MachineError
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 250)}
 FAST = Settings(concurrency=2, timeout=20, retries=2, back_off=0.001)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 def questions(names: Iterable[str] = COLOURS) -> list[Question]:

@@ -1,0 +1,22 @@
+"""Writing files so that a failure is told in words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from train.errors import MachineError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises MachineError for `path` if what is done within can't be written: a full disk, say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+        raise MachineError(
+            f"{path}: can't be written ({cause}). Free space there or make it writable; a run goes "
+            "on from its last checkpoint with --resume."
+        ) from None

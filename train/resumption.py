@@ -1,0 +1,173 @@
+"""Whether a run may go on from a checkpoint: what changed since, and what of it needs a yes.
+
+Owns that judgement, and the list of pictures beside a run by which it names what changed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from data_tools.records import Collection, Record
+from train import checkpoint
+from train.checkpoint import Checkpoint, Origin
+from train.config import Config
+from train.errors import ConfigError, bullet_list
+
+FREE_TO_CHANGE = (
+    "name",
+    "output",
+    "cache",
+    "data.path",  # the digest tells whether its contents changed
+    "more_data.*.path",
+    "optim.lr",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "preview.*",
+    "track.*",
+    "export.*",
+    "memory.*",
+)
+"""Settings that a resumed run may have otherwise."""
+
+FIXED = ("base.*", "lora.*", "optim.name")
+"""Settings without which the checkpoint's weights mean nothing. All others need a yes."""
+
+ACCEPT = "--accept-changes"
+
+PICTURES = "pictures.json"
+"""In a run's folder: what it is trained on, by set and name."""
+
+
+def find(
+    folder: Path, config: Config, *, resume: bool, accept: bool, world: int
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, if any, and what there is to say about it.
+
+    accept: whether changed settings are meant. Raises ConfigError rather than train over another
+    run, and for changes that aren't accepted or can't be.
+    """
+    checkpoints = folder / "checkpoints"
+    existing = checkpoint.list_checkpoints(checkpoints)
+    if existing and not resume:
+        raise ConfigError(
+            f"{folder}: this run already has checkpoints (up to {existing[-1].name}). "
+            "Continue it with --resume, or give the config another name."
+        )
+    newest, faults = checkpoint.newest_good(checkpoints)
+    said = [f"passed over: {fault}" for fault in faults]
+    if newest is None:
+        nothing = f"{folder}: nothing to resume; starting from the beginning"
+        return None, [*said, nothing] if resume else said
+    saved = checkpoint.load(newest)
+    changed = changed_settings(saved.progress.config, config.model_dump(mode="json"))
+    if saved.progress.world != world:
+        changed["processes"] = f"{saved.progress.world} -> {world}"
+    said += _judge(
+        f"{folder}: the config differs from the run's.",
+        {f"{key}: {change}": not _matches(key, FIXED) for key, change in changed.items()},
+        accept=accept,
+    )
+    return saved, [*said, f"resuming after step {saved.progress.step} ({newest})"]
+
+
+def check_origin(
+    saved: Checkpoint, origin: Origin, *, folder: Path, pictures: dict[str, Any], accept: bool
+) -> list[str]:
+    """What to say of other data, if that is accepted. Raises ConfigError if not, or if the base is
+    another one.
+    """
+    was, step = saved.progress.origin, saved.progress.step
+    changes: dict[str, bool] = {}
+    if was.base != origin.base:
+        changes["the base model's files"] = False
+    if was.data != origin.data:
+        found = _changed_pictures(folder / PICTURES, pictures)
+        changes |= dict.fromkeys(found or ["pictures or captions"], True)
+    return _judge(f"{folder}: changed since step {step}.", changes, accept=accept)
+
+
+def _judge(title: str, changes: dict[str, bool], *, accept: bool) -> list[str]:
+    """changes: what -> whether it may be accepted. Returns what was accepted, for the console."""
+    final = [change for change, acceptable in changes.items() if not acceptable]
+    if final:
+        raise ConfigError(bullet_list(f"{title} Put back, or use another name:", final))
+    if changes and not accept:
+        title += f" Put back, use another name, or say that it is meant with {ACCEPT}:"
+        raise ConfigError(bullet_list(title, list(changes)))
+    return [bullet_list("accepted changes:", list(changes))] if changes else []
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """Key -> "old -> new" for each setting that differs and isn't free to change."""
+    old, new = _flat(before), _flat(after)
+    return {
+        key: f"{old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _matches(key, FREE_TO_CHANGE)
+    }
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value, start=1)}
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+# ---- pictures
+
+
+def list_pictures(collections: Iterable[Collection]) -> dict[str, Any]:
+    """Of each picture, by set and name: its digest, its caption, and a digest of all else."""
+    return {
+        f"{number}:{record.name}": [record.sha256, record.caption, _digest(record)]
+        for number, collection in enumerate(collections, start=1)
+        for record in collection.records
+    }
+
+
+def _digest(record: Record) -> str:
+    rest = [record.reference_sha256, record.mask_sha256, record.repeats]
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]
+
+
+def write_pictures(folder: Path, pictures: dict[str, Any]) -> None:
+    """Keep the list beside the run."""
+    temporary = folder / f"{PICTURES}.part"
+    temporary.write_text(json.dumps(pictures, ensure_ascii=False, indent=0), encoding="utf-8")
+    os.replace(temporary, folder / PICTURES)
+
+
+def _changed_pictures(path: Path, now: dict[str, Any]) -> list[str]:
+    """`added a.png`, and so on; the second set's begin with `2:`."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = dict.fromkeys([*before, *now])
+    return [f"{change} {name.removeprefix('1:')}" for name in names
+            if (change := _change(before.get(name), now.get(name)))]  # fmt: skip
+
+
+def _change(before: list[str] | None, now: list[str] | None) -> str:
+    if before is None:
+        return "added"
+    if now is None:
+        return "gone:"
+    kinds = ("another picture in", "another caption of", "another reference, mask or repeats of")
+    return next((kind for kind, a, b in zip(kinds, before, now, strict=True) if a != b), "")
