@@ -14,9 +14,8 @@ import torch
 
 from tests.interop import common
 from tests.interop.common import State
-from train.adapters import comfyui
-from train.adapters.comfyui import Shape
 from train.lora import Adapter
+from train.names import Shape
 
 Built = tuple[State, dict[str, str] | None]
 Builder = Callable[[Adapter, Shape], Built]
@@ -207,7 +206,7 @@ def adapter_for(name: str, transformer: torch.nn.Module) -> Adapter:
     return dataclasses.replace(adapter, down=down, up=up)
 
 
-def write(name: str, adapter: Adapter, shape: comfyui.Shape, path: Path) -> Path:
+def write(name: str, adapter: Adapter, shape: Shape, path: Path) -> Path:
     """A file of a layout."""
     return common.save(*_saved(LAYOUTS[name](adapter, shape), path))
 

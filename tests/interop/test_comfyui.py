@@ -7,8 +7,8 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 
 from tests.interop import common
 from train.adapters import comfyui
-from train.adapters.comfyui import Place, Shape
 from train.adapters.updates import LowRank
+from train.names import Place, Shape, diffusers_places
 
 UP, DOWN = torch.ones(8, 2), torch.ones(2, 8)
 SHAPE = Shape(width=8, double=2, single=3)
@@ -21,7 +21,7 @@ def test_places_are_those_of_the_single_file_conversion() -> None:
         for weight, (rows, columns) in SHAPE.weights().items()
     }
     converted = convert_flux2_transformer_checkpoint_to_diffusers(dict(numbered))
-    places = comfyui.diffusers_places(SHAPE)
+    places = diffusers_places(SHAPE)
     assert {f"{module}.weight" for module in places} == set(converted)
     for module, place in places.items():
         rows = converted[f"{module}.weight"][:, 0].tolist()
@@ -29,7 +29,7 @@ def test_places_are_those_of_the_single_file_conversion() -> None:
 
 
 def test_places_are_those_of_the_lora_conversion() -> None:
-    places = comfyui.diffusers_places(SHAPE)
+    places = diffusers_places(SHAPE)
     for number, (weight, (rows, columns)) in enumerate(SHAPE.weights().items()):
         name = f"diffusion_model.{weight.removesuffix('.weight')}"
         up = torch.arange(rows)[:, None] + 0.0
@@ -47,7 +47,7 @@ def test_places_are_those_of_the_lora_conversion() -> None:
 
 def test_shapes_are_those_of_the_real_transformer() -> None:
     transformer = common.pipeline("dev").transformer
-    places = comfyui.diffusers_places(Shape.of(transformer))
+    places = diffusers_places(Shape.of(transformer))
     for module, place in places.items():
         weight = transformer.get_submodule(module).weight
         assert tuple(weight.shape) == (place.stop - place.start, place.columns)
@@ -55,16 +55,16 @@ def test_shapes_are_those_of_the_real_transformer() -> None:
 
 def test_dev_has_the_known_number_of_weights() -> None:
     sizes = DEV.weights()
-    assert len(comfyui.diffusers_places(DEV)) == 192
+    assert len(diffusers_places(DEV)) == 192
     assert sizes["single_blocks.47.linear1.weight"] == (55296, 6144)
     assert sum(16 * (rows + columns) for rows, columns in sizes.values()) < 100.7e6
-    places = comfyui.diffusers_places(DEV).values()
+    places = diffusers_places(DEV).values()
     parameters = sum(16 * (p.stop - p.start + p.columns) for p in places)
     assert round(parameters / 1e6, 1) == 100.7
 
 
 def test_query_key_and_value_are_thirds_of_the_fused_weight() -> None:
-    places = comfyui.diffusers_places(DEV)
+    places = diffusers_places(DEV)
     fused = "double_blocks.3.txt_attn.qkv.weight"
     assert places["transformer_blocks.3.attn.add_k_proj"] == Place(fused, 6144, 12288, 6144)
 

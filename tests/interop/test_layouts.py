@@ -9,6 +9,7 @@ import torch
 from tests.interop import common
 from train.adapters import certify, comfyui, export, files
 from train.lora import Adapter
+from train.names import Shape, diffusers_places
 
 EXACT = dict.fromkeys(("diffusers", "comfyui"), 1.0)
 
@@ -29,7 +30,7 @@ TABLE = {
 """Strength that a loader applies; None: it loads nothing and raises nothing."""
 
 
-def write_layout(name: str, adapter: Adapter, shape: comfyui.Shape, path: Path) -> Path:
+def write_layout(name: str, adapter: Adapter, shape: Shape, path: Path) -> Path:
     """A file as the program that uses this layout writes it."""
 
     def underscored(module: str) -> str:
@@ -90,7 +91,7 @@ def assert_strength(
 def test_diffusers(layout: str, kind: str, tmp_path: Path) -> None:
     pipeline = common.pipeline(kind)
     adapter = common.random_adapter(pipeline.transformer)
-    shape = comfyui.Shape.of(pipeline.transformer)
+    shape = Shape.of(pipeline.transformer)
     path = write_layout(layout, adapter, shape, tmp_path / "a.safetensors")
     expected = TABLE[layout]["diffusers"]
     if expected is ValueError:
@@ -103,12 +104,12 @@ def test_diffusers(layout: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", TABLE)
 def test_comfyui(layout: str, tmp_path: Path) -> None:
     transformer = common.pipeline("dev").transformer
-    adapter, shape = common.random_adapter(transformer), comfyui.Shape.of(transformer)
+    adapter, shape = common.random_adapter(transformer), Shape.of(transformer)
     path = write_layout(layout, adapter, shape, tmp_path / "a.safetensors")
     tensors, _ = files.load(path)
     reading = comfyui.read(tensors, shape)
     expected = TABLE[layout]["comfyui"]
-    places = comfyui.diffusers_places(shape)
+    places = diffusers_places(shape)
     factors = {m: reading.factors(places[m]) for m in adapter.down}
     assert_strength(adapter, {m: up @ down for m, (up, down) in factors.items()}, expected)
     if expected is None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from train.adapters import files, layouts
-from train.adapters.comfyui import SWAPPED
 from train.adapters.files import File
 from train.adapters.updates import LowRank
 from train.errors import CheckpointError, MachineError
+from train.names import SWAPPED
 
 ROWS = 1024
 """Of a weight, changed at a time: 25 to 75 MB of fp32 on dev."""

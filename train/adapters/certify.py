@@ -39,6 +39,7 @@ from train.adapters import comfyui, files
 from train.adapters.intent import PREFIX
 from train.config import LoraConfig
 from train.lora import Adapter
+from train.names import Shape, diffusers_places
 
 LOADED = "certified"
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
@@ -94,7 +95,7 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
     transformer = pipeline.transformer
     assert not _layers(transformer), "the transformer already has an adapter"
     tensors, _ = files.load(path)
-    shape = comfyui.Shape.of(transformer)
+    shape = Shape.of(transformer)
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
     file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
     reasons = [] if any(w.any() for w in adapter.up.values()) else ["the adapter changes nothing"]
@@ -148,9 +149,9 @@ def loaded_factors(transformer: nn.Module, module: str) -> Factors:
     return torch.cat(ups, dim=1), torch.cat(downs)
 
 
-def _ask_comfyui(case: Case, shape: comfyui.Shape) -> dict[str, Any]:
+def _ask_comfyui(case: Case, shape: Shape) -> dict[str, Any]:
     reading = comfyui.read(case.tensors, shape)
-    places = comfyui.diffusers_places(shape)
+    places = diffusers_places(shape)
     changed = [m for m, place in places.items() if any(at.overlap(place) for at in reading.patches)]
     weights = _compare(case.adapter, lambda m: reading.factors(places[m]), case.roundoff)
     ignored = reading.ignored + reading.failed + reading.not_computed

@@ -5,54 +5,19 @@ name it knows leads to a weight, or to some rows of one, in BFL's naming; the up
 up @ down * alpha / rank with an `.alpha` tensor and up @ down without; other keys are ignored with
 a warning in its log.
 
-Owns that mapping, and with it the correspondence between BFL's and diffusers' names of Linears.
-LoRA and LoKr are computed; DoRA, LoHa and the like are named, not computed.
+Owns that mapping; which of diffusers' Linears is where in BFL's naming is `train.names`'. LoRA and
+LoKr are computed; DoRA, LoHa and the like are named, not computed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-
-DOUBLE_BLOCK = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.linear_in",),
-    "img_mlp.2": ("ff.linear_out",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.linear_in",),
-    "txt_mlp.2": ("ff_context.linear_out",),
-}
-"""BFL's Linear -> diffusers' Linears, whose rows lie below each other in it."""
-
-SINGLE_BLOCK = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
-
-OUTSIDE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
-    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-    "single_stream_modulation.lin": "single_stream_modulation.linear",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
-}
-"""BFL's Linears outside the blocks -> diffusers'. Kindling never trains them, others do. The halves
-of final_layer.adaLN_modulation.1 change places between the two."""
-
-SWAPPED = "norm_out.linear"
+from train.names import OUTSIDE, SWAPPED, Place, Shape, diffusers_places
 
 KNOWN_OUTSIDE = ("x_embedder", "context_embedder", SWAPPED, "proj_out")
 """The ones that ComfyUI knows by diffusers' name too."""
@@ -76,62 +41,6 @@ NOT_COMPUTED = (
     *(".b1.weight", ".b2.weight"),
 )
 """Beginnings of what else ComfyUI applies when it follows a known name."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the mapping needs to know of a transformer."""
-
-    width: int
-    double: int
-    single: int
-    mlp_ratio: float = 3.0
-
-    @classmethod
-    def of(cls, transformer: "Flux2Transformer2DModel") -> "Shape":
-        """The shape of a diffusers transformer."""
-        config = transformer.config
-        return cls(
-            config["num_attention_heads"] * config["attention_head_dim"],
-            config["num_layers"],
-            config["num_single_layers"],
-            config["mlp_ratio"],
-        )
-
-    def weights(self) -> dict[str, tuple[int, int]]:
-        """All Linears in the blocks: BFL name -> (out, in)."""
-        width, hidden = self.width, int(self.width * self.mlp_ratio)
-        sizes = {
-            "qkv": (3 * width, width),
-            "proj": (width, width),
-            "0": (2 * hidden, width),
-            "2": (width, hidden),
-            "linear1": (3 * width + 2 * hidden, width),
-            "linear2": (width, width + hidden),
-        }
-        kinds = [("double_blocks", self.double, DOUBLE_BLOCK)]
-        kinds += [("single_blocks", self.single, SINGLE_BLOCK)]
-        return {
-            f"{blocks}.{i}.{name}.weight": sizes[name.rpartition(".")[2]]
-            for blocks, count, names in kinds
-            for i in range(count)
-            for name in names
-        }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Rows of a BFL weight, and its number of columns."""
-
-    weight: str
-    start: int
-    stop: int
-    columns: int
-
-    def overlap(self, other: "Place") -> tuple[int, int] | None:
-        """First and one past the last row that both have."""
-        start, stop = max(self.start, other.start), min(self.stop, other.stop)
-        return (start, stop) if self.weight == other.weight and start < stop else None
 
 
 @dataclass(frozen=True)
@@ -174,20 +83,6 @@ class Reading:
         return up @ down
 
 
-def diffusers_places(shape: Shape) -> dict[str, Place]:
-    """diffusers module name -> where its weight is in BFL's naming."""
-    places = {}
-    for weight, (rows, columns) in shape.weights().items():
-        blocks, index, name = weight.removesuffix(".weight").split(".", 2)
-        single = blocks == "single_blocks"
-        parts = (SINGLE_BLOCK if single else DOUBLE_BLOCK)[name]
-        for i, part in enumerate(parts):
-            module = f"{'single_' if single else ''}transformer_blocks.{index}.{part}"
-            height = rows // len(parts)
-            places[module] = Place(weight, i * height, (i + 1) * height, columns)
-    return places
-
-
 def known_names(shape: Shape) -> Iterator[tuple[str, Place]]:
     """Every name in the blocks that ComfyUI looks for, in its order: a later one overrules."""
     for weight, (rows, columns) in shape.weights().items():
@@ -206,12 +101,11 @@ def known_names(shape: Shape) -> Iterator[tuple[str, Place]]:
 
 def outside_names() -> Iterator[tuple[str, str]]:
     """Names outside the blocks that ComfyUI looks for, and BFL's name of the weight."""
-    for bfl in OUTSIDE:
+    for bfl in OUTSIDE.values():
         yield f"lora_unet_{bfl.replace('.', '_')}", bfl
         yield f"diffusion_model.{bfl}", bfl
-    for bfl, module in OUTSIDE.items():
-        if module in KNOWN_OUTSIDE:
-            yield from ((name, bfl) for name in _spellings(module))
+    for module in KNOWN_OUTSIDE:
+        yield from ((name, OUTSIDE[module]) for name in _spellings(module))
 
 
 def read(tensors: dict[str, Tensor], shape: Shape) -> Reading:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from train.adapters import files, layouts, page, skeleton, verdict
-from train.adapters.comfyui import Shape
 from train.adapters.source import BASES, Source, what_instead
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
 from train.errors import CheckpointError
+from train.names import Shape
 
 
 def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:

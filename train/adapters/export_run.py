@@ -10,11 +10,11 @@ import torch
 
 from train import checkpoint, config_load
 from train.adapters import certify, export
-from train.adapters.comfyui import Shape
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
 from train.config import Config
 from train.errors import CheckpointError
+from train.names import Shape
 
 CONFIG = "config.yaml"
 

@@ -16,16 +16,12 @@ The layouts of other programs, as their public code writes them:
 import re
 from dataclasses import dataclass
 
-from train.adapters.comfyui import (
-    DOUBLE_BLOCK,
-    OUTSIDE,
-    SINGLE_BLOCK,
-    Shape,
-    diffusers_places,
-)
+from train.names import DOUBLE_BLOCK, OUTSIDE, SINGLE_BLOCK, Shape, diffusers_places
 
 FUSED = {"attn.to_qkv": "img_attn.qkv", "attn.to_added_qkv": "txt_attn.qkv"}
 """diffusers' names for what its fuse_qkv_projections makes -> BFL's."""
+
+OUTSIDE_WEIGHTS = tuple(OUTSIDE.values())
 
 PREFIXES = (
     *("base_model.model.transformer.", "base_model.model.diffusion_model.", "base_model.model."),
@@ -113,7 +109,7 @@ def _tables() -> tuple[dict[str, Target], dict[tuple[str, str, bool], tuple]]:
     """Names with _ for dots: outside the blocks; and inside by (kind of block, rest, BFL's?)."""
     outside: dict[str, Target] = {}
     inside: dict[tuple[str, str, bool], tuple] = {}
-    for bfl, module in OUTSIDE.items():
+    for module, bfl in OUTSIDE.items():
         outside[bfl.replace(".", "_")] = Target(bfl, (module,), bfl=True)
         outside[module.replace(".", "_")] = Target(bfl, (module,), bfl=False)
     for kind, table in (("double", DOUBLE_BLOCK), ("single", SINGLE_BLOCK)):
@@ -180,8 +176,8 @@ def fused_name(target: Target) -> str | None:
 
 def order(weight: str) -> tuple[int, int, int]:
     """Sorts BFL weights as in the model: double blocks, single blocks, the rest."""
-    if weight in OUTSIDE:
-        return 2, list(OUTSIDE).index(weight), 0
+    if weight in OUTSIDE_WEIGHTS:
+        return 2, OUTSIDE_WEIGHTS.index(weight), 0
     blocks, index, part = weight.split(".", 2)
     table = DOUBLE_BLOCK if blocks == "double_blocks" else SINGLE_BLOCK
     return int(blocks != "double_blocks"), int(index), list(table).index(part)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from train.adapters import intent, layouts
-from train.adapters.comfyui import OUTSIDE, SWAPPED, Shape
 from train.adapters.files import File
 from train.adapters.layouts import Key, Target
 from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped, rows_of, tensors_of
 from train.errors import CheckpointError
+from train.names import SWAPPED, Shape
 from train.shapes import HEAD_WIDTH, SHAPES
 
 Group = dict[str, Update]
@@ -256,7 +256,7 @@ class Source:
         widths = Counter(
             self.size(unit)[0 if unit.target.weight.endswith(NARROW) else 1]
             for unit in self.units.values()
-            if unit.target.weight not in OUTSIDE
+            if unit.target.weight not in layouts.OUTSIDE_WEIGHTS
         )
         if not widths:
             raise CheckpointError(f"{self.path}: holds no update of a Linear inside the blocks.")
@@ -270,7 +270,7 @@ class Source:
         places = layouts.sizes(shape)
         wrong = {}
         for unit in self.units.values():
-            if unit.target.weight in OUTSIDE:
+            if unit.target.weight in layouts.OUTSIDE_WEIGHTS:
                 continue
             modules = unit.target.modules
             if modules[0] not in places:

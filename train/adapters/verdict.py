@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from train.adapters import comfyui, layouts
-from train.adapters.comfyui import Place, Shape
 from train.adapters.source import Source, Unit
 from train.adapters.updates import Factors, Kronecker, LowRank, Update, inner
+from train.names import SWAPPED, Place, Shape, diffusers_places
 
 NAME = "examined"
 
@@ -127,7 +127,7 @@ def _loaded(
 def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
     tensors = {key: source.file.get(key) for key in source.file.tensors}
     reading = comfyui.read(tensors, shape)
-    places = comfyui.diffusers_places(shape)
+    places = diffusers_places(shape)
     lost = {*reading.ignored, *reading.failed}
     found: dict[str, Found] = {}
     for unit in source.units.values():
@@ -168,7 +168,7 @@ def _patched(
         return reading.factors(places[module], TYPE)
     (place,) = [at for at in reading.patches if at.weight == f"{unit.target.weight}.weight"]
     up, down = reading.factors(place, TYPE)
-    if module == comfyui.SWAPPED:
+    if module == SWAPPED:
         up = torch.cat([up[len(up) // 2 :], up[: len(up) // 2]])
     return up, down
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from train.adapters import files, layouts
-from train.adapters.comfyui import SWAPPED
 from train.adapters.intent import PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import (
@@ -33,6 +32,7 @@ from train.adapters.updates import (
     stacked,
 )
 from train.errors import CheckpointError, ConfigError
+from train.names import SWAPPED
 
 LAYOUTS = ("diffusers", "comfyui", "kohya")
 
