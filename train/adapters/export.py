@@ -112,14 +112,21 @@ def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
     return {key: str(value) for key, value in fields.items() if value is not None}
 
 
-def write(adapter: Adapter, path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Write the one file that serves both loaders, with its hash and peft's settings added.
+def write(
+    adapter: Adapter,
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+    layout: str = "diffusers",
+) -> None:
+    """Write an adapter, with its hash and peft's settings added; by default the one file for both.
 
     An old file of that name stays until the new one is complete and checked. Raises
     CheckpointError on weights that aren't finite, ConfigError where dtype can't hold them, and
     MachineError where the disk refuses.
     """
-    save(groups(adapter), path, layout="diffusers", dtype=dtype, metadata=metadata)
+    save(groups(adapter), path, layout=layout, dtype=dtype, metadata=metadata)
 
 
 def groups(adapter: Adapter) -> Iterator[tuple[str, Group]]:
