@@ -10,7 +10,8 @@ from pathlib import Path
 
 from train.adapters.source import Source, open_adapter
 from train.adapters.updates import Kronecker, Update, truncated
-from train.adapters.write import DTYPES, LAYOUTS, Outcome, save
+from train.adapters.write import LAYOUTS, Outcome, save
+from train.base import DTYPES
 from train.errors import ConfigError
 
 

@@ -90,8 +90,7 @@ def _fuses_lokr(source: Source) -> bool:
 def _adapter(source: Source) -> dict[str, Any]:
     units = list(source.units.values())
     kinds = {
-        "LoKr" if "up" not in unit.keys else "DoRA" if "magnitude" in unit.keys else "LoRA"
-        for unit in units
+        "LoKr" if "up" not in unit.keys else "DoRA" if unit.magnitudes else "LoRA" for unit in units
     }
     ranks = Counter(str(source.rank(unit)) for unit in units)
     scales = Counter(f"{source.scale(unit):.6g}" for unit in units)

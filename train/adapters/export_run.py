@@ -10,6 +10,7 @@ import torch
 
 from train import checkpoint, config_load
 from train.adapters import certify, export
+from train.adapters.write import LAYOUTS
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
 from train.config import Config
@@ -23,7 +24,17 @@ def main(argv: list[str] | None = None) -> int:
     """Export from the command line; 0 if the certificate passes, 1 if it doesn't."""
     parser = argparse.ArgumentParser(prog="kindling export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="default: RUN/NAME.safetensors")
+    parser.add_argument(
+        "--format",
+        type=_layouts,
+        default=("diffusers",),
+        metavar="LAYOUT,...",
+        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the config's export.dtype")
+    parser.add_argument(
+        "--output", type=Path, help="default: RUN/NAME.safetensors, NAME-comfyui.safetensors, ..."
+    )
     arguments = parser.parse_args(argv)
     run, saved = _find(arguments.run)
     config = config_load.load(run / CONFIG)
@@ -31,20 +42,43 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
     transformer = base.load_transformer(device, cache=Path(config.cache))
-    certificate = publish(config, base, transformer, saved, path=output)
-    print(summary(certificate, output))
-    return 0 if certificate["passed"] else 1
+    passed = True
+    for layout in arguments.format:
+        path = output
+        if layout != "diffusers" and (arguments.output is None or len(arguments.format) > 1):
+            path = output.with_name(f"{output.stem}-{layout}{output.suffix}")
+        certificate = publish(
+            config,
+            base,
+            transformer,
+            saved,
+            path=path,
+            layout=layout,
+            dtype=arguments.dtype,
+        )
+        print(summary(certificate, path))
+        passed &= certificate["passed"]
+    return 0 if passed else 1
 
 
 def publish(
-    config: Config, base: Base, transformer: Any, saved: Checkpoint, *, path: Path
+    config: Config,
+    base: Base,
+    transformer: Any,
+    saved: Checkpoint,
+    *,
+    path: Path,
+    layout: str = "diffusers",
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
 
-    transformer: the base's, without adapters; it is handed back unchanged.
+    transformer: the base's, without adapters; it is handed back unchanged. layout: one of
+    `write.LAYOUTS`. dtype: by default the config's.
     """
     metadata = export.describe(_facts(config, base, transformer, saved), saved.adapter)
-    export.write(saved.adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
+    kind = DTYPES[dtype or config.export.dtype]
+    export.write(saved.adapter, path, dtype=kind, metadata=metadata, layout=layout)
     pipeline = base.pipeline(transformer=transformer)
     certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
     certify.write_certificate(certificate, path)
@@ -61,6 +95,16 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
         )
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
     return f"adapter: {path} ({size:.1f} MB)\ncertificate: FAILED\n{reasons}"
+
+
+def _layouts(text: str) -> tuple[str, ...]:
+    """Of --format. Raises argparse's error for an unknown one."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in LAYOUTS]:
+        raise argparse.ArgumentTypeError(
+            f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
+        )
+    return names
 
 
 def _find(path: Path) -> tuple[Path, Checkpoint]:

@@ -38,13 +38,15 @@ PARTS = {
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     **dict.fromkeys((".alpha", ".lora_alpha"), "alpha"),
-    ".dora_scale": "magnitude",
+    ".dora_scale": "dora_scale",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector.default.weight": "magnitude",
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }
 """Ends of keys -> what of an update they hold."""
+
+FACTORS = {part for part in PARTS.values() if part in ("up", "down") or part.startswith("lokr_")}
 
 FOREIGN = {
     "LoHa": (".hada_",),

@@ -15,7 +15,8 @@ from train.adapters.convert import error_text
 from train.adapters.resize import Kept, check, summary
 from train.adapters.source import Group, Source, open_adapter
 from train.adapters.updates import Kronecker, LowRank, Update, summed, truncated
-from train.adapters.write import DTYPES, LAYOUTS, Outcome, save
+from train.adapters.write import LAYOUTS, Outcome, save
+from train.base import DTYPES
 from train.errors import CheckpointError, ConfigError
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from train.adapters.convert import error_text, layout_of
 from train.adapters.source import open_adapter
 from train.adapters.updates import LowRank, Update, truncated
-from train.adapters.write import DTYPES, LAYOUTS, Outcome, save
+from train.adapters.write import LAYOUTS, Outcome, save
+from train.base import DTYPES
 from train.errors import CheckpointError, ConfigError
 
 
@@ -64,7 +65,7 @@ def resize(
     """
     check(rank, energy)
     source, kept = open_adapter(path), Kept()
-    if any("magnitude" in unit.keys for unit in source.units.values()):
+    if any(unit.magnitudes for unit in source.units.values()):
         raise CheckpointError(
             f"{path}: this is DoRA, whose magnitudes belong to the whole update; it can't be cut."
         )

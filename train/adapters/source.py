@@ -48,6 +48,11 @@ class Unit:
     keys: dict[str, str]
     """A value of layouts.PARTS -> key."""
 
+    @property
+    def magnitudes(self) -> list[str]:
+        """Keys of DoRA's magnitude: peft's, ComfyUI's, or both, which are then the same."""
+        return [self.keys[part] for part in ("magnitude", "dora_scale") if part in self.keys]
+
 
 class Source:
     """An adapter file. Raises CheckpointError where it is no adapter of FLUX.2 at all."""
@@ -107,7 +112,8 @@ class Source:
             return f"has shapes {down} and {up}, which aren't (rank, in) and (out, rank)"
         if up[0] % len(unit.target.modules):
             return f"has {up[0]} rows for {len(unit.target.modules)} modules"
-        if "magnitude" in parts and up[0] != math.prod(self.file.tensors[parts["magnitude"]].shape):
+        sizes = {math.prod(self.file.tensors[key].shape) for key in unit.magnitudes}
+        if sizes - {up[0]}:
             return "has a DoRA magnitude that isn't one number a row"
         return None
 
@@ -119,7 +125,7 @@ class Source:
         if any(len(self.file.tensors[key].shape) != 2 for part, key in unit.keys.items()
                if part.startswith("lokr")):  # fmt: skip
             return "has LoKr factors that aren't matrices"
-        if "magnitude" in unit.keys:
+        if unit.magnitudes:
             return "is LoKr with a DoRA magnitude"
         return None
 
@@ -178,10 +184,10 @@ class Source:
         """A unit's update as it is in the file."""
         if "up" in unit.keys:
             up, down = self.file.get(unit.keys["up"]), self.file.get(unit.keys["down"])
-            magnitude = None
-            if "magnitude" in unit.keys:
-                magnitude = self.file.get(unit.keys["magnitude"]).flatten()
-            return LowRank(up, down, self.scale(unit), magnitude)
+            sizes = [self.file.get(key).flatten() for key in unit.magnitudes]
+            if len(sizes) > 1 and not torch.equal(*sizes):
+                raise CheckpointError(f"{self.path}: {unit.name} has two DoRA magnitudes.")
+            return LowRank(up, down, self.scale(unit), sizes[0] if sizes else None)
         return Kronecker(self._side(unit, "lokr_w1"), self._side(unit, "lokr_w2"), self.scale(unit))
 
     def _side(self, unit: Unit, side: str) -> Tensor:

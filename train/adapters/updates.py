@@ -126,9 +126,9 @@ def truncated(
     shares = s.square().cumsum(0)
     total = shares[-1].item()
     keep = min(rank or len(s), len(s))
-    if energy is not None and total:
-        enough = int(torch.searchsorted(shares, energy * total * (1 - 1e-12)).item()) + 1
-        keep = min(keep, enough)
+    if energy is not None:
+        enough = energy * total * (1 - 1e-12)
+        keep = min(keep, int(torch.searchsorted(shares, enough).item()) + 1 if total else 1)
     (u, v), root = vectors(keep), s[:keep].sqrt()
     up, down = u * root, root[:, None] * v
     magnitude = update.magnitude if isinstance(update, LowRank) else None

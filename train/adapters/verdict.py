@@ -30,6 +30,7 @@ EXACT = 0.01
 halves to bf16 makes 0.5 % at most."""
 
 USED, IGNORED, WRONG = "used", "ignored", "used at another strength"
+SPARE = "not needed here"
 DIFFERS, FAILS, UNKNOWN = "used, but gives another update", "fails", "used, not compared"
 
 
@@ -64,6 +65,7 @@ def _meant(source: Source, unit: Unit, shape: Shape) -> dict[str, Update] | Kron
 
 
 def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]:
+    """diffusers' verdict; the file stays loaded in the pipeline."""
     path = source.path
     try:
         pipeline.load_lora_weights(
@@ -82,17 +84,22 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     found, keys = {}, dict.fromkeys(source.unknown, IGNORED)
     for unit in source.units.values():
         found[unit.name] = _loaded(unit, meant[unit.name], layers)
+    keys |= _spare(source, "dora_scale", "magnitude")
     reasons = []
-    if any("magnitude" in unit.keys for unit in source.units.values()):
-        used = [
-            layer.use_dora.get(NAME) for layer in layers.values() if isinstance(layer, LoraLayer)
-        ]
-        if not any(used):
-            reasons.append("DoRA's magnitudes are dropped: it loads a plain LoRA, another adapter")
+    lora = [layer for layer in layers.values() if isinstance(layer, LoraLayer)]
+    is_dora = any(unit.magnitudes for unit in source.units.values())
+    if is_dora and not any(layer.use_dora.get(NAME) for layer in lora):
+        reasons.append("DoRA's magnitudes are dropped: it loads a plain LoRA, another adapter")
     strangers = sorted(set(layers) - {m for u in source.units.values() for m in _places(u)})
     if strangers:
         reasons.append(f"{strangers[0]} gets random weights: half of its update is missing")
     return _verdict(source, found, keys, reasons)
+
+
+def _spare(source: Source, part: str, other: str) -> dict[str, str]:
+    """Keys of one of DoRA's magnitudes that a loader doesn't read, having the other."""
+    units = [unit for unit in source.units.values() if part in unit.keys]
+    return {unit.keys[part]: SPARE if other in unit.keys else IGNORED for unit in units}
 
 
 def _places(unit: Unit) -> tuple[str, ...]:
@@ -125,6 +132,7 @@ def _loaded(
 
 
 def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
+    """ComfyUI's verdict, as `comfyui` reads it."""
     tensors = {key: source.file.get(key) for key in source.file.tensors}
     reading = comfyui.read(tensors, shape)
     places = diffusers_places(shape)
@@ -132,7 +140,7 @@ def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
     found: dict[str, Found] = {}
     for unit in source.units.values():
         update = meant[unit.name]
-        halves = [key for part, key in unit.keys.items() if part not in ("alpha", "magnitude")]
+        halves = [key for part, key in unit.keys.items() if part in layouts.FACTORS]
         if lost.intersection(halves):
             failed = set(reading.failed).intersection(halves)
             found[unit.name] = Found(FAILS if failed else IGNORED)
@@ -149,13 +157,12 @@ def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
             found[unit.name] = _compared(pairs)
     keys = dict.fromkeys(reading.ignored, IGNORED) | dict.fromkeys(reading.failed, FAILS)
     keys |= dict.fromkeys(reading.not_computed, UNKNOWN)
+    keys |= _spare(source, "magnitude", "dora_scale")
     reasons = []
     if reading.refusal:
         reasons.append(f"its loader stops: {reading.refusal}")
         found = {name: Found(FAILS) for name in found}
-    if any("lora_magnitude_vector" in key for key in reading.ignored) and not any(
-        key.endswith(".dora_scale") for key in reading.not_computed
-    ):
+    if any(keys.get(unit.keys.get("magnitude", "")) == IGNORED for unit in source.units.values()):
         reasons.append("DoRA's magnitudes are ignored: it loads a plain LoRA, another adapter")
     return _verdict(source, found, keys, reasons)
 

@@ -36,8 +36,6 @@ from train.names import SWAPPED
 
 LAYOUTS = ("diffusers", "comfyui", "kohya")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 MAX_ROUNDING_LOSS = 0.01
 """Of a tensor's norm. bf16 loses at most 0.4 %; fp16 loses more only where weights are too small
 for it."""
