@@ -54,7 +54,8 @@ LAYERS = {
         *("train.frozen", "train.weights", "train.kept", "train.transformer"),
         *("train.adapters", "train.adapters.files", "train.adapters.updates"),
         *("train.adapters.comfyui", "train.adapters.layouts", "train.adapters.intent"),
-        *("train.adapters.source", "train.adapters.write", "train.adapters.export"),
+        *("train.adapters.source", "train.adapters.opening"),
+        *("train.adapters.write", "train.adapters.export"),
     ],
     4: [
         *("train.objective", "train.sample", "data_tools.caption.captioners.*"),
@@ -135,6 +136,7 @@ SIDEWAYS = {
     "train.checkpoint": {"train.lora"},
     "train.adapters.comfyui": {"train.adapters.updates"},
     "train.adapters.source": {"train.adapters.*"},
+    "train.adapters.opening": {"train.adapters.*"},
     "train.adapters.write": {"train.adapters.*"},
     "train.adapters.export": {"train.adapters.*", "train.lora"},
     "train.adapters.resize": {"train.adapters.convert"},

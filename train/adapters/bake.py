@@ -1,8 +1,8 @@
 """Adding updates to a base's weights, shard by shard.
 
-Owns the weights on disk: diffusers' folders and single files, in diffusers' or BFL's names. The
-base is never changed; the result is written beside and renamed. A few rows of one weight are in
-memory as fp32 at a time.
+A diffusers folder becomes a folder like it, or one file in BFL's names as ComfyUI loads it; a
+single file becomes one in its own names. The base is never changed; the result is written beside
+and renamed. One weight is in memory at a time, a few of its rows as fp32, and the adapter.
 """
 
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from train import names, weights
 from train.adapters import files, layouts
 from train.adapters.files import File
-from train.adapters.updates import LowRank
+from train.adapters.updates import LowRank, halves_swapped
 from train.errors import CheckpointError, MachineError
 from train.names import SWAPPED
 
@@ -60,9 +61,11 @@ def bake(groups: Iterable[tuple[str, dict[str, LowRank]]], base: Path, output: P
     _check(updates, opened, base)
     baked = Baked()
     if output.suffix == ".safetensors":
-        pieces = (piece for file in opened for piece in _pieces(file, updates, baked))
-        metadata = opened[0].metadata
-        files.write(output, pieces, describe=lambda digest: {**metadata, "format": "pt"})
+        metadata = {**opened[0].metadata, "format": "pt"}
+        pieces = _pieces(opened[0], updates, baked)
+        if extra:
+            pieces = _in_bfl_names(opened[0].path.parent, updates, baked)
+        files.write(output, pieces, describe=lambda digest: metadata)
         return baked
     with _new_folder(output) as folder:
         for path in extra:
@@ -91,6 +94,28 @@ def added(weight: Tensor, update: LowRank, baked: Baked) -> Tensor:
     return result
 
 
+def _in_bfl_names(
+    folder: Path, updates: dict[str, LowRank], baked: Baked
+) -> Iterator[tuple[str, Tensor]]:
+    """A diffusers folder's weights as the tensors of a BFL file."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    source = weights.open_folder(folder, config)
+    homes = names.bfl_homes(config)
+    parts: dict[str, list[str]] = {}
+    for name, home in homes.items():
+        parts.setdefault(home.key, []).append(name)
+    for key, together in parts.items():
+        tensors = []
+        for name in together:
+            tensor = source.pieces[name].read().values
+            baked.tensors += 1
+            if update := updates.get(name.removesuffix(".weight")):
+                baked.changed += 1
+                tensor = added(tensor, update, baked)
+            tensors.append(torch.cat(tensor.chunk(2)[::-1]) if homes[name].swapped else tensor)
+        yield key, torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
 def _pieces(file: File, updates: dict[str, LowRank], baked: Baked) -> Iterator[tuple[str, Tensor]]:
     for key in file.tensors:
         tensor = file.get(key)
@@ -105,14 +130,9 @@ def _pieces(file: File, updates: dict[str, LowRank], baked: Baked) -> Iterator[t
                     rows = slice(i * height, (i + 1) * height)
                     update = updates[module]
                     if module == SWAPPED and not key.removesuffix(".weight").endswith(SWAPPED):
-                        update = _swapped(update)
+                        update = halves_swapped(update)
                     tensor[rows] = added(tensor[rows], update, baked)
         yield key, tensor.contiguous()
-
-
-def _swapped(update: LowRank) -> LowRank:
-    half = len(update.up) // 2
-    return LowRank(torch.cat([update.up[half:], update.up[:half]]), update.down, update.scale)
 
 
 def _modules(key: str) -> tuple[str, ...]:
@@ -165,6 +185,8 @@ def _shards(base: Path) -> tuple[list[Path], list[Path]]:
             f"{base}: no safetensors in it. Give a diffusers folder, its transformer, or one file."
         )
     extra = [path for path in sorted(folder.glob("*.json")) if path.is_file()]
+    if not any(path.name == "config.json" for path in extra):
+        raise CheckpointError(f"{folder}: has no config.json; it isn't a diffusers folder.")
     return shards, extra
 
 

@@ -8,7 +8,8 @@ nothing; folding a scale into bf16 can, and the largest error is printed.
 import argparse
 from pathlib import Path
 
-from train.adapters.source import Source, open_adapter
+from train.adapters.opening import open_adapter
+from train.adapters.source import Source
 from train.adapters.updates import Kronecker, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
 from train.base import DTYPES

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from train.adapters import files, layouts, page, skeleton, verdict
-from train.adapters.source import BASES, Source, what_instead
+from train.adapters.opening import open_any, released
+from train.adapters.source import Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
-from train.errors import CheckpointError
 from train.names import Shape
 
 
@@ -26,10 +26,8 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     Raises CheckpointError if the file is no adapter of FLUX.2 or can't be read, ConfigError for a
     base that doesn't exist.
     """
-    source = Source(path)
-    if not source.units:
-        raise CheckpointError(f"{path}: {what_instead(source)}")
-    pipeline = skeleton.pipeline(base or _released(source), meta=_fuses_lokr(source))
+    source = open_any(path)
+    pipeline = skeleton.pipeline(base or released(source), meta=_fuses_lokr(source))
     shape = Shape.of(pipeline.transformer)
     meant = verdict.meant_by(source, shape)
     numbers = _numbers(source)
@@ -58,28 +56,6 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "numbers": numbers,
         **loaders,
     }
-
-
-def _released(source: Source) -> str:
-    """The base by shapes. Raises CheckpointError where it is none, with what it may be instead."""
-    if source.base is not None:
-        return source.base
-    shape = source.shape
-    keys = list(source.file.tensors)
-    name = next((n for n, known in BASES.items() if known.width == shape.width), None)
-    if name is None:
-        raise CheckpointError(
-            f"{source.path}: an adapter of a transformer {shape.width} wide, which no released "
-            "FLUX.2 is. Give its folder as --base."
-        )
-    other = layouts.other_model(keys)
-    if shape.double > BASES[name].double and shape.width == BASES["klein-4b"].width:
-        other = "FLUX.1"
-    unit, why = next(iter(source.misfits(BASES[name]).items()))
-    raise CheckpointError(
-        f"{source.path}: " + (f"this is an adapter of {other}, not of FLUX.2. " if other else "")
-        + f"It is as wide as {name}, but {unit} doesn't fit it: {why}."
-    )  # fmt: skip
 
 
 def _fuses_lokr(source: Source) -> bool:

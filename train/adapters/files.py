@@ -174,6 +174,8 @@ def _diagnosis(path: Path, error: Exception) -> str:
         )
     if start[:4] == b"GGUF":
         return "this is a GGUF file. Kindling reads adapters as safetensors."
+    if start == b"version ":
+        return "a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`."
     return (
         f"not a whole safetensors file ({error}). It is cut off or damaged; "
         "copy, download or export it again."

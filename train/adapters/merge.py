@@ -12,8 +12,9 @@ from pathlib import Path
 
 from train.adapters import bake, layouts
 from train.adapters.convert import error_text
+from train.adapters.opening import open_adapter
 from train.adapters.resize import Kept, check, summary
-from train.adapters.source import Group, Source, open_adapter
+from train.adapters.source import Group, Source
 from train.adapters.updates import Kronecker, LowRank, Update, summed, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
 from train.base import DTYPES

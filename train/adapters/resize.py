@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.adapters.convert import error_text, layout_of
-from train.adapters.source import open_adapter
+from train.adapters.opening import open_adapter
 from train.adapters.updates import LowRank, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
 from train.base import DTYPES

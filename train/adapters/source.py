@@ -292,48 +292,6 @@ class Source:
         return wrong
 
 
-def open_adapter(path: Path) -> Source:
-    """An adapter file every one of whose keys is understood, for what must not lose any.
-
-    Raises CheckpointError that names what the file is instead.
-    """
-    source = Source(path)
-    if not source.units:
-        raise CheckpointError(f"{path}: {what_instead(source)}")
-    if source.unknown:
-        kind = layouts.foreign_kind(source.unknown[0])
-        why = f"holds {kind}, which can't be converted" if kind else "is no key of a known layout"
-        raise CheckpointError(
-            f"{path}: '{source.unknown[0]}' {why} ({len(source.unknown)} such keys). "
-            "`kindling certify` says what is in the file."
-        )
-    if source.broken:
-        name, fault = next(iter(source.broken.items()))
-        raise CheckpointError(f"{path}: {name} {fault} ({len(source.broken)} such names).")
-    return source
-
-
-def what_instead(source: Source) -> str:
-    """Why a file without a single usable unit isn't an adapter of FLUX.2."""
-    keys = list(source.file.tensors)
-    if not keys:
-        return "the file is empty: it holds no tensors."
-    if any(key.endswith(("img_in.weight", "x_embedder.weight", "qkv.weight", "to_q.weight"))
-           for key in keys):  # fmt: skip
-        return (
-            "holds whole weights: it is a base model or a part of one, not an adapter. "
-            "Give it to --base, and the adapter as the file."
-        )
-    if source.broken:
-        name, fault = next(iter(source.broken.items()))
-        return f"{name} {fault}, and no other name in it is whole."
-    if model := layouts.other_model(keys):
-        return f"this is an adapter of {model}, not of FLUX.2 ('{keys[0]}')."
-    if kind := next(filter(None, map(layouts.foreign_kind, keys)), None):
-        return f"this is a {kind} adapter ('{keys[0]}'), which Kindling doesn't read."
-    return f"no name in it is one of FLUX.2's Linears; the first is '{keys[0]}'."
-
-
 def _padded(update: Update, shape: Shape) -> LowRank:
     """The first rows of linear1, with no update for the rest."""
     assert isinstance(update, LowRank)
