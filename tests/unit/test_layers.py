@@ -61,6 +61,7 @@ LAYERS = {
         *("train.objective", "train.sample", "data_tools.caption.captioners.*"),
         *("train.adapters.certify", "train.adapters.skeleton", "train.adapters.verdict"),
         *("train.adapters.page", "train.adapters.bake"),
+        "train.adapters.rounding",
     ],
     5: [
         "train.loop",
@@ -139,6 +140,7 @@ SIDEWAYS = {
     "train.adapters.opening": {"train.adapters.*"},
     "train.adapters.write": {"train.adapters.*"},
     "train.adapters.export": {"train.adapters.*", "train.lora"},
+    "train.adapters.rounding": {"train.adapters.skeleton"},
     "train.adapters.resize": {"train.adapters.convert"},
     "train.adapters.merge": {"train.adapters.convert", "train.adapters.resize"},
     "train.run": {"train.adapters.export_run"},

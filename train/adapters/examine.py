@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from train.adapters import files, layouts, page, skeleton, verdict
+from train.adapters import files, layouts, page, rounding, skeleton, verdict
 from train.adapters.opening import open_any, released
-from train.adapters.source import Source
+from train.adapters.source import BASES, Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
 from train.names import Shape
 
@@ -36,6 +36,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "comfyui": verdict.ask_comfyui(source, meant, shape),
     }
     misfits = source.misfits(shape)
+    measurable = base is not None and base not in BASES and not (misfits or numbers["faults"])
     return {
         "file": {
             "name": path.name,
@@ -54,6 +55,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "misfits": misfits,
         "unusable": source.broken,
         "numbers": numbers,
+        "rounding": rounding.measure(source, Path(base)) if measurable else {},
         **loaders,
     }
 

@@ -99,6 +99,9 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, Any]]:
     if norm:
         text = f"{norm['least']:.3g} to {norm['greatest']:.3g}, median {norm['median']:.3g}"
         facts.append(("norms", f"{text}; greatest at {norm['greatest_at']}"))
+    if report["rounding"]:
+        losses = ", ".join(f"{kind} {loss:.2%}" for kind, loss in report["rounding"].items())
+        facts.append(("merging", f"loses by rounding: {losses} of the adapter (rows sampled)"))
     return facts
 
 

@@ -23,7 +23,7 @@ def pipeline(base: str, *, meta: bool = False) -> Any:
     """
     import diffusers
 
-    config = SHAPES[base].config() if base in SHAPES else _config(Path(base))
+    config = SHAPES[base].config() if base in SHAPES else settings_of(Path(base))
     with torch.device("meta"):
         transformer = diffusers.Flux2Transformer2DModel(**config)
     if not meta:
@@ -33,8 +33,11 @@ def pipeline(base: str, *, meta: bool = False) -> Any:
     return getattr(diffusers, kind)(**parts, transformer=transformer.eval())
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Of a base's folder, or of its transformer's."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The transformer's config.json in a base's folder, or in the transformer's own.
+
+    Raises ConfigError.
+    """
     known = ", ".join(SHAPES)
     for path in (folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():

@@ -8,10 +8,13 @@ Owns these verdicts; what else there is to say of a file is `examine`'s.
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -68,11 +71,12 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     """diffusers' verdict; the file stays loaded in the pipeline."""
     path = source.path
     try:
-        pipeline.load_lora_weights(
-            str(path.parent), weight_name=path.name, adapter_name=NAME, use_safetensors=True
-        )
+        with _quiet():
+            pipeline.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=NAME, use_safetensors=True
+            )
     except Exception as error:  # a foreign loader may fail in any way; each is a verdict
-        text = str(error).split("\n")[0]
+        text = " ".join(str(error).split())
         short = text if len(text) < 300 else text[:300] + " …"
         reason = f"its loader refuses the file: {type(error).__name__}: {short}"
         return _verdict(source, {}, dict.fromkeys(source.file.tensors, FAILS), [reason])
@@ -94,6 +98,17 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     if strangers:
         reasons.append(f"{strangers[0]} gets random weights: half of its update is missing")
     return _verdict(source, found, keys, reasons)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' own words on what the verdict says."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _spare(source: Source, part: str, other: str) -> dict[str, str]:
