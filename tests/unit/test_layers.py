@@ -59,7 +59,7 @@ LAYERS = {
     ],
     4: [
         *("train.objective", "train.sample", "data_tools.caption.captioners.*"),
-        *("train.adapters.certify", "train.adapters.skeleton", "train.adapters.verdict"),
+        *("train.adapters.certify", "train.adapters.skeleton", "train.adapters.loaders"),
         *("train.adapters.page", "train.adapters.bake"),
         "train.adapters.rounding",
     ],

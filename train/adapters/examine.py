@@ -1,6 +1,6 @@
 """What is in an adapter file, anyone's, and what each loader does with every key of it.
 
-Owns the report and the command. The loaders' verdicts are `verdict`'s; for our own exports,
+Owns the report and the command. The loaders' verdicts are `loaders`'; for our own exports,
 `certify` proves more (the outputs of a real base).
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from train.adapters import files, layouts, page, rounding, skeleton, verdict
+from train.adapters import files, layouts, loaders, page, rounding, skeleton
 from train.adapters.opening import open_any, released
 from train.adapters.source import BASES, Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
@@ -29,11 +29,11 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     source = open_any(path)
     pipeline = skeleton.pipeline(base or released(source), meta=_fuses_lokr(source))
     shape = Shape.of(pipeline.transformer)
-    meant = verdict.meant_by(source, shape)
+    meant = loaders.meant_by(source, shape)
     numbers = _numbers(source)
-    loaders = {
-        "diffusers": verdict.ask_diffusers(source, meant, pipeline),
-        "comfyui": verdict.ask_comfyui(source, meant, shape),
+    verdicts = {
+        "diffusers": loaders.ask_diffusers(source, meant, pipeline),
+        "comfyui": loaders.ask_comfyui(source, meant, shape),
     }
     misfits = source.misfits(shape)
     measurable = base is not None and base not in BASES and not (misfits or numbers["faults"])
@@ -51,12 +51,12 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "adapter": _adapter(source),
         "passed": not misfits
         and not numbers["faults"]
-        and all(v["exact"] for v in loaders.values()),
+        and all(v["exact"] for v in verdicts.values()),
         "misfits": misfits,
         "unusable": source.broken,
         "numbers": numbers,
         "rounding": rounding.measure(source, Path(base)) if measurable else {},
-        **loaders,
+        **verdicts,
     }
 
 
