@@ -7,6 +7,7 @@ doesn't need any of this.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -112,7 +113,16 @@ def _energies(values_HW: np.ndarray) -> np.ndarray:
     return np.einsum("rhcw,rhcw->rc", tiles, tiles) / (height * width)
 
 
-def alike(measures: Sequence[Measures], *, bits: int = HASH_DISTANCE) -> list[list[int]]:
+class Looks(Protocol):
+    """What `alike` needs of a picture's measures."""
+
+    @property
+    def phash(self) -> int: ...
+    @property
+    def colours(self) -> bytes: ...
+
+
+def alike(measures: Sequence[Looks], *, bits: int = HASH_DISTANCE) -> list[list[int]]:
     """Groups of pictures that look alike, as places in `measures`; the same bytes count, too.
 
     Two are alike if their hashes differ in at most `bits` and their colours are near; a group is

@@ -87,13 +87,15 @@ def make_klein(folder: Path, *, distilled: bool = False) -> Path:
     return folder
 
 
-def transformer(*, guidance: bool, seed: int = 3) -> Flux2Transformer2DModel:
-    """Two double and two single blocks, 32 wide."""
+def transformer(
+    *, guidance: bool, seed: int = 3, double: int = 2, single: int = 2
+) -> Flux2Transformer2DModel:
+    """Two double and two single blocks, or as many as asked for, 32 wide."""
     torch.manual_seed(seed)
     model = Flux2Transformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=3 * TEXT_WIDTH,

@@ -10,12 +10,48 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train import lora, randomness, speed
+from train import frozen, lora, offload, parallel, randomness, recompute, speed
 from train.config import Config, MemoryConfig
 from train.errors import ConfigError
+from train.lora import Adapter
+from train.transformer import Place
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory settings in numbers, nothing left to decide."""
+
+    blocks: tuple[int, int]
+    """Double and single ones of the base."""
+    resident: int
+    """Blocks whose weights stay on the GPU."""
+    recomputed: frozenset[int]
+    """Blocks whose activations are recomputed, numbered through."""
+    offload_activations: bool
+
+    @classmethod
+    def of(cls, memory: MemoryConfig, *, double: int, single: int) -> "Memory":
+        """Of settings without auto. Raises ConfigError for more blocks than there are."""
+        assert memory.resident_blocks != "auto"
+        assert memory.gradient_checkpointing != "auto"
+        blocks = double + single
+        resident = blocks if memory.resident_blocks == "all" else memory.resident_blocks
+        offload.streamed(double, single, resident=resident)
+        recomputed = recompute.chosen(blocks, memory.gradient_checkpointing)
+        return cls((double, single), resident, recomputed, memory.offload_activations)
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the blocks whose weights are in RAM."""
+        return offload.streamed(*self.blocks, resident=self.resident)
+
+    def place(self, device: torch.device) -> Place:
+        """For the loader: streamed blocks' weights never stay on the device."""
+        away = tuple(f"{name}." for name in self.streamed)
+        return lambda name: torch.device("cpu") if name.startswith(away) else device
 
 
 @dataclass(frozen=True)
@@ -24,6 +60,8 @@ class Assembled:
 
     targets: list[str]
     """Modules that the adapter is on."""
+    start: Adapter | None
+    """What is taken off the adapter: see `lora.with_start`."""
     undo: ExitStack
     """Closing it leaves the base with its adapter and nothing else; do so before unloading that."""
 
@@ -32,38 +70,43 @@ def assemble(
     transformer: "Flux2Transformer2DModel",
     config: Config,
     *,
+    memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
+    sharded: bool = False,
+    start: Adapter | None = None,
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. Raises UserError where the machine can't do what is asked.
+    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
+    run's, see `lora.attach`.
+    Raises UserError where the machine can't do what is asked.
     """
-    targets = lora.attach(
-        transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora")
-    )
+    seed = randomness.derived_seed(config.seed, "lora")
+    targets = lora.attach(transformer, config.lora, seed=seed, start=start)
+    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+        parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
+        parallel.agree(parts, device=device)
+    start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
-    _place(transformer, config.memory)
-    _recompute(transformer, config.memory, undo=undo)
+    if sharded:
+        if memory.streamed:
+            raise ConfigError(
+                "memory.resident_blocks: a base that FSDP2 shards can't be streamed, too. Write "
+                "all, or launch without FSDP."
+            )
+        parallel.shard(transformer, trainable=lora.trainable(transformer), device=device)
+    elif memory.streamed:
+        offload.attach(transformer, resident=memory.resident, device=device)
+    if memory.recomputed:
+        offloads = memory.offload_activations
+        recompute.enable(
+            transformer, memory.recomputed, offload_activations=offloads, device=device
+        )
+        undo.callback(transformer.disable_gradient_checkpointing)
+    if config.speed.fp8_matmul:
+        frozen.use_fp8_matmul(transformer, device)
     undo.push(speed.apply(transformer, config.speed, device=device, dtype=dtype))
-    return Assembled(targets, undo)
-
-
-def _place(transformer: "Flux2Transformer2DModel", memory: MemoryConfig) -> None:
-    """Blocks that don't stay on the GPU are streamed in."""
-    if memory.resident_blocks != "all":
-        raise ConfigError("memory.resident_blocks: only 'all' works yet")
-
-
-def _recompute(
-    transformer: "Flux2Transformer2DModel", memory: MemoryConfig, *, undo: ExitStack
-) -> None:
-    """Blocks whose activations aren't kept."""
-    if memory.gradient_checkpointing == "none":
-        return
-    if memory.gradient_checkpointing != "all" or memory.offload_activations:
-        raise ConfigError("memory: only gradient_checkpointing 'all' or 'none' works yet")
-    transformer.enable_gradient_checkpointing()
-    undo.callback(transformer.disable_gradient_checkpointing)
+    return Assembled(targets, start, undo)

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified when read, rotated.
 
-A checkpoint is a folder `step-000250` with the adapter, the optimizer's state and a manifest of
-their digests. It is made under another name, flushed to disk and renamed, so that a kill at any
-moment leaves the last good one. Owns files, not what training does with them.
+A checkpoint is a folder `step-000250` with the adapter, its average if the run keeps one, the
+optimizer's state and a manifest of their digests. It is made under another name, flushed to disk
+and renamed, so that a kill at any moment leaves the last good one. Owns files, not what training
+does with them.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from train.errors import CheckpointError
 from train.files import writing
-from train.lora import Adapter
+from train.lora import Adapter, with_start
 
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
@@ -46,6 +47,8 @@ class Progress:
     origin: Origin
     world: int
     """Processes that trained it."""
+    checks: dict[str, Any] | None = None
+    """All checks of the loss on fixed pictures so far, as `verdict.History` writes them."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,28 @@ class Checkpoint:
     adapter: Adapter
     optimizer: dict[str, Any]
     """The optimizer's state_dict."""
+    average: Adapter | None = None
+    """The averaged weights, where the run keeps some."""
+    start: Adapter | None = None
+    """What is taken off all weights: see `lora.with_start`."""
+
+    def shown(self, weights: str) -> Adapter:
+        """The update to the base as users see it.
+
+        weights: "average" for that where there is one, "last" for the last weights.
+        """
+        chosen = self.average if weights == "average" and self.average else self.adapter
+        return with_start(chosen, self.start) if self.start else chosen
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
     """Write `folder`/step-N atomically, then delete all but the newest `keep` up to it.
 
-    Later ones, which can only be damaged or a past life's, don't count and are left to be replaced.
-    Raises MachineError if it can't be written; the ones before stay.
+    best: the step of one more that is kept. Later ones, which can only be damaged or a past life's,
+    don't count and are left to be replaced. Raises MachineError if it can't be written; the ones
+    before stay.
     """
-    final = folder / f"step-{checkpoint.progress.step:06d}"
+    final = path_of(folder, checkpoint.progress.step)
     making = folder / f".making-{final.name}"
     for leftover in folder.glob(".making-*"):  # of a save that was killed
         shutil.rmtree(leftover)
@@ -80,16 +96,18 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _flush(folder)
     saved = list_checkpoints(folder)
     for old in saved[: saved.index(final) + 1][:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != path_of(folder, best):
+            shutil.rmtree(old)
     return final
 
 
 def _write(making: Path, checkpoint: Checkpoint) -> None:
     """All files of a checkpoint, down to the disk."""
     adapter = checkpoint.adapter
-    tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
-    tensors |= {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
-    save_file(tensors, making / "adapter.safetensors")
+    parts = {"adapter": adapter, "average": checkpoint.average, "start": checkpoint.start}
+    for part, weights in parts.items():
+        if weights is not None:
+            save_file(_tensors(weights), making / f"{part}.safetensors")
     with (making / "optimizer.pt").open("wb") as file:  # by name, torch would hide what went wrong
         torch.save(checkpoint.optimizer, file)
     facts = {"progress": asdict(checkpoint.progress), "rank": adapter.rank, "alpha": adapter.alpha}
@@ -100,6 +118,11 @@ def _write(making: Path, checkpoint: Checkpoint) -> None:
     (making / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in (*making.iterdir(), making):
         _flush(path)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is or would be."""
+    return folder / f"step-{step:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -126,18 +149,32 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises CheckpointError if any of its bytes differ from what was saved."""
     facts = _verified(path)
-    tensors = load_file(path / "adapter.safetensors")
+    adapters = {
+        part: _adapter(path / f"{part}.safetensors", rank=facts["rank"], alpha=facts["alpha"])
+        for part in ("adapter", "average", "start")
+        if f"{part}.safetensors" in facts["files"]
+    }
+    progress = facts["progress"]
+    return Checkpoint(
+        progress=Progress(**progress | {"origin": Origin(**progress["origin"])}),
+        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+        **adapters,
+    )
+
+
+def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
+    return tensors | {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
+
+
+def _adapter(path: Path, *, rank: int, alpha: float) -> Adapter:
+    tensors = load_file(path)
 
     def weights(kind: str) -> dict[str, torch.Tensor]:
         end = f".{kind}.weight"
         return {n.removesuffix(end): tensor for n, tensor in tensors.items() if n.endswith(end)}
 
-    progress = facts["progress"]
-    return Checkpoint(
-        progress=Progress(**progress | {"origin": Origin(**progress["origin"])}),
-        adapter=Adapter(weights("lora_A"), weights("lora_B"), facts["rank"], facts["alpha"]),
-        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
-    )
+    return Adapter(weights("lora_A"), weights("lora_B"), rank, alpha)
 
 
 def _verified(path: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _columns(
     if checkpoints:
         for path in checkpoint.list_checkpoints(run / "checkpoints"):
             files[path.name] = scratch / f"{path.name}.safetensors"
-            adapter = checkpoint.load(path).adapter
+            adapter = checkpoint.load(path).shown(config.export.weights)
             export.write(adapter, files[path.name], dtype=torch.float32, metadata={})
     else:
         files["adapter"] = run / f"{config.name}.safetensors"

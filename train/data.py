@@ -6,6 +6,7 @@ All that is random is a function of the seed and the showing. Decodes and encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
 from train.order import Mixture, Showing
+from train.schema import PIXEL_MULTIPLE
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -52,6 +54,12 @@ class Example:
     mask: tuple[str, str | None] | None = None
     """Entries of the mask and of its mirror image."""
 
+    @property
+    def tokens(self) -> int:
+        """Packed latent tokens of the target: one for 16 x 16 pixels."""
+        width, height = self.geometry[0]
+        return width // PIXEL_MULTIPLE * (height // PIXEL_MULTIPLE)
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -67,55 +75,80 @@ class Loader:
     def __call__(self, showings: Sequence[Showing]) -> Batch:
         """Read a batch and draw its noise, on the CPU."""
         rows = [self._row(showing) for showing in showings]
-        pictures = [torch.stack(column) for column in zip(*(row[0] for row in rows), strict=True)]
+        columns = zip(*(row.pictures for row in rows), strict=True)
+        pictures = [torch.stack(column) for column in columns]
         clean = pictures[0]
-        tokens = clean.shape[2] * clean.shape[3]
         keys = [(s.epoch, s.example, s.repeat) for s in showings]
         noise = [
             torch.randn(clean.shape[1:], generator=randomness.generator(self.seed, "noise", *key))
             for key in keys
         ]
-        sigma = [
-            flow.sample_sigma(
-                self.flow,
-                tokens=tokens,
-                generator=randomness.generator(self.seed, "sigma", *key),
-            )
-            for key in keys
-        ]
         return Batch(
             latents_BDhw=clean,
             noise_BDhw=torch.stack(noise),
-            weight_Bhw=torch.stack([row[2] for row in rows]),
-            sigma_B=torch.stack(sigma),
-            text_BLJ=torch.stack([row[1] for row in rows]),
+            weight_Bhw=torch.stack([row.weight_hw for row in rows]),
+            sigma_B=torch.stack([self.sigma(showing) for showing in showings]),
+            text_BLJ=torch.stack([row.text_LJ for row in rows]),
             references=tuple(pictures[1:]),
             names=tuple(self.examples[s.example].name for s in showings),
         )
 
-    def _row(self, showing: Showing) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Latents of the pictures, text, and loss weights of one showing."""
+    def sigma(self, showing: Showing) -> torch.Tensor:
+        """The noise level of a showing, shape (), fp32. Reads nothing."""
+        return flow.sample_sigma(
+            self.flow,
+            tokens=self.examples[showing.example].tokens,
+            generator=randomness.generator(
+                self.seed, "sigma", showing.epoch, showing.example, showing.repeat
+            ),
+        )
+
+    def first_sigmas(self, order: Mixture, *, count: int) -> list[float]:
+        """Noise levels of the first showings of an order."""
+        showings = (showing for position in range(count) for showing in order[position])
+        return [self.sigma(showing).item() for showing in islice(showings, count)]
+
+    def _row(self, showing: Showing) -> "Row":
         example = self.examples[showing.example]
         key = (self.seed, showing.epoch, showing.example, showing.repeat)
         flip = example.mirrored is not None and randomness.fraction("flip", *key) < 0.5
         drop = randomness.fraction("caption", *key) < example.rules.caption_dropout
-        names = example.mirrored if flip and example.mirrored else example.pictures
-        text = self.empty_text if drop and self.empty_text else example.text
-        latents = [self.cache.get(name)["latents"] for name in names]
-        return latents, texts.get(self.cache, text), self._weight(example, latents[0], flip=flip)
+        return read(example, cache=self.cache, flip=flip, text=self.empty_text if drop else None)
 
-    def _weight(self, example: Example, latents_Dhw: torch.Tensor, *, flip: bool) -> torch.Tensor:
-        """(h, w): the mask above its floor, of mean 1, times the data set's weight.
 
-        Of mean 1, so that a small subject is learnt as hard as one that fills the picture.
-        """
-        if example.mask is None:
-            return torch.full(latents_Dhw.shape[1:], example.rules.weight)
-        name = example.mask[flip]
-        assert name is not None
-        floor = example.rules.mask_floor
-        weight = floor + (1 - floor) * self.cache.get(name)["mask"]
-        return weight * (example.rules.weight / weight.mean())
+@dataclass(frozen=True)
+class Row:
+    """One picture of a batch, on the CPU."""
+
+    pictures: list[torch.Tensor]
+    """The target's latents and those of its references, (D, h, w) each."""
+    text_LJ: torch.Tensor
+    weight_hw: torch.Tensor
+    """What each patch's loss counts for."""
+
+
+def read(example: Example, *, cache: Cache, flip: bool = False, text: str | None = None) -> Row:
+    """An example's entries. text: the prompt's entry in place of the caption's."""
+    names = example.mirrored if flip and example.mirrored else example.pictures
+    latents = [cache.get(name)["latents"] for name in names]
+    weight = _weight(example, latents[0], cache=cache, flip=flip)
+    return Row(latents, texts.get(cache, text or example.text), weight)
+
+
+def _weight(
+    example: Example, latents_Dhw: torch.Tensor, *, cache: Cache, flip: bool
+) -> torch.Tensor:
+    """(h, w): the mask above its floor, of mean 1, times the data set's weight.
+
+    Of mean 1, so that a small subject is learnt as hard as one that fills the picture.
+    """
+    if example.mask is None:
+        return torch.full(latents_Dhw.shape[1:], example.rules.weight)
+    name = example.mask[flip]
+    assert name is not None
+    floor = example.rules.mask_floor
+    weight = floor + (1 - floor) * cache.get(name)["mask"]
+    return weight * (example.rules.weight / weight.mean())
 
 
 @dataclass(frozen=True)

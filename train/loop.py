@@ -23,6 +23,10 @@ class Trainer(Protocol):
         """Make preview pictures."""
         ...
 
+    def validate(self, done: int) -> None:
+        """Measure the loss on fixed pictures, unless that was done after this step before."""
+        ...
+
     @property
     def stopping(self) -> bool:
         """Whether to save and end after this step."""
@@ -30,17 +34,28 @@ class Trainer(Protocol):
 
 
 def fit(
-    trainer: Trainer, *, start: int, steps: int, checkpoint_every: int, preview_every: int
+    trainer: Trainer,
+    *,
+    start: int,
+    steps: int,
+    checkpoint_every: int,
+    preview_every: int,
+    validate_every: int,
 ) -> int:
-    """Train from `start` steps done to `steps`. The last step is always saved and previewed.
+    """Train from `start` steps done to `steps`. After the last step everything is done once more.
 
-    Returns the steps done: fewer than `steps` if the trainer is told to stop.
+    Returns the steps done: fewer than `steps` if the trainer is told to stop. Then only the save
+    is done, which is urgent; a check that was due is made when the run goes on.
     """
     if start == 0:
         trainer.preview(0)
+    if start < steps and start % validate_every == 0:
+        trainer.validate(start)
     for done, batch in enumerate(trainer.batches(start, steps), start=start + 1):
         trainer.step(done, batch)
         stopping = trainer.stopping and done < steps
+        if (done == steps or done % validate_every == 0) and not stopping:
+            trainer.validate(done)
         if done == steps or done % checkpoint_every == 0 or stopping:
             trainer.save(done)
         if stopping:

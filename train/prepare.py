@@ -4,21 +4,24 @@ Owns which cache entries a run needs. After it, nothing looks at a picture again
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from data_tools import buckets, records
+from data_tools import buckets, captions, records
 from data_tools.buckets import Geometry, reference_geometry
 from data_tools.records import Collection, Record
-from train import encode, encode_text
+from train import encode, encode_text, split
 from train.base import Base
 from train.cache import DIGESTS, Cache, FileDigests, key
 from train.config import Config, DataConfig
 from train.data import Example, Rules
 from train.encode import Keys, Mask, Picture
+from train.split import Split
+from train.validate import Trial
 
 PROVEN = "decoded.txt"
 """In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""
@@ -26,12 +29,16 @@ PROVEN = "decoded.txt"
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """One data set, read and placed."""
+    """One data set, read and placed. `collection` is all of it, `plan` and `examples` what is
+    trained.
+    """
 
     data: DataConfig
     collection: Collection
     plan: buckets.Plan
     examples: list[Example]
+    pictures: int
+    """Trained ones; at several resolutions each is several examples."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class Prepared:
     """Captions and prompts that were cut: text -> (its tokens, the limit)."""
     read_at: float
     """When the pictures had been read and encoding began, Unix seconds."""
+    trial: Trial | None
+    """What the loss is checked on."""
+    trial_digest: str | None
+    """Of pictures and captions that only `trial` has."""
 
     @property
     def examples(self) -> list[Example]:
@@ -55,8 +66,9 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """Of all pictures and captions."""
+        """Of all pictures and captions, held-out ones included."""
         digests = [one.collection.digest for one in self.sets]
+        digests += [self.trial_digest] if self.trial_digest else []
         return digests[0] if len(digests) == 1 else key(kind="data", sets=tuple(digests))
 
 
@@ -69,20 +81,28 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     cache = Cache(Path(config.cache))
     proven = cache.root / PROVEN
     collections = [records.read(data, proven=_lines(proven), progress=main) for data in config.sets]
+    parts = split.split(
+        config,
+        collections,
+        proven=frozenset(_lines(proven)),
+        memo=cache.root / split.LOOKS,
+        accelerator=accelerator,
+    )
     read_at = time.time()
     if main:
         _add_lines(proven, {digest for one in collections for digest in _digests(one)})
     with accelerator.main_process_first():
         digests = FileDigests(cache.root / DIGESTS)
         keys = Keys.of(base, digests=digests, settings=config.encode)
-    layouts = [
-        _layout(collection, data) for collection, data in zip(collections, config.sets, strict=True)
-    ]
-    captions = [record.caption for collection in collections for record in collection.records]
-    prompts = list(dict.fromkeys([*captions, "", *config.preview.prompts]))
+    layouts = [_layout(rows, data) for rows, data in zip(parts.trained, config.sets, strict=True)]
+    checked = _layout(parts.checked, parts.checked_as) if parts.checked else None
+    texts = [record.caption for collection in collections for record in collection.records]
+    texts += [record.caption for record in parts.checked]
+    neutral = _neutral(config) if checked else []
+    prompts = list(dict.fromkeys([*texts, "", *config.preview.prompts, *neutral]))
     encoded = _encode(
         base,
-        [shown for layout in layouts for shown in layout.shown],
+        [shown for layout in [*layouts, checked] if layout for shown in layout.shown],
         prompts,
         keys=keys,
         cache=cache,
@@ -90,15 +110,39 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     )
     return Prepared(
         tuple(
-            PreparedSet(data, collection, layout.plan, _examples(layout, data, keys=keys))
-            for data, collection, layout in zip(config.sets, collections, layouts, strict=True)
+            PreparedSet(
+                data, collection, layout.plan, _examples(layout, data, keys=keys), len(rows)
+            )
+            for data, collection, layout, rows in zip(
+                config.sets, collections, layouts, parts.trained, strict=True
+            )
         ),
         cache=cache,
         keys=keys,
         encoded=encoded,
         truncated=encode_text.truncated(prompts, keys=keys, cache=cache),
         read_at=read_at,
+        trial=checked and _trial(checked, parts, neutral=neutral, keys=keys),
+        trial_digest=parts.digest,
     )
+
+
+def _neutral(config: Config) -> list[str]:
+    """The neutral prompts but those of the default ones that happen to have a trigger."""
+    triggers = [data.trigger for data in config.sets if data.trigger]
+    return [
+        prompt
+        for prompt in config.validation.neutral_prompts
+        if not any(captions.has_trigger(prompt, trigger=trigger) for trigger in triggers)
+    ]
+
+
+def _trial(layout: "Layout", parts: Split, *, neutral: list[str], keys: Keys) -> Trial:
+    examples = _examples(layout, parts.checked_as, keys=keys)
+    names = tuple(keys.prompt(prompt) for prompt in neutral)
+    sources = {record.caption: record.caption_source for record in parts.checked}
+    sources |= dict.fromkeys(neutral, "neutral prompt")
+    return Trial(tuple(examples), parts.held_out, names, sources, parts.origin)
 
 
 @dataclass(frozen=True)
@@ -120,9 +164,9 @@ class Layout:
     shown: list[Shown]
 
 
-def _layout(collection: Collection, data: DataConfig) -> Layout:
-    plan = buckets.plan(collection.records, data=data)
-    rows = [record for record in collection.records for _ in data.resolutions]
+def _layout(found: Sequence[Record], data: DataConfig) -> Layout:
+    plan = buckets.plan(found, data=data)
+    rows = [record for record in found for _ in data.resolutions]
     shown = [
         Shown(
             record,

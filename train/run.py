@@ -4,20 +4,23 @@ import json
 import platform
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from train import (
     assemble,
-    checkpoint,
+    automatic,
     config_load,
     encode_text,
     loop,
+    optim,
+    parallel,
     resumption,
     sample,
     texts,
@@ -28,16 +31,19 @@ from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config
 from train.data import Loader
-from train.errors import ConfigError, Stopped, bullet_list
+from train.errors import Stopped, bullet_list
 from train.files import writing
 from train.order import Mixture, Order
 from train.prepare import Prepared, PreparedSet, prepare
-from train.track import Tracker
+from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
-
-ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+from train.validate import Validator
+from train.watch import Watch
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+
+SHOWN_SIGMAS = 1000
+"""Noise levels in the histogram at the start."""
 
 TIMINGS = "timings.json"
 """When each phase of the newest start was over, in Unix seconds; `begin` is when imports were."""
@@ -50,7 +56,8 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
     are meant.
     """
     ends = {"begin": time.time()}
-    accelerator = _accelerator()
+    accelerator = parallel.accelerator()
+    optim.require(config.optim)
     folder = Path(config.output) / config.name
     saved, said = resumption.find(
         folder, config, resume=resume, accept=accept, world=accelerator.num_processes
@@ -89,6 +96,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             steps=config.train.steps,
             checkpoint_every=config.train.checkpoint_every,
             preview_every=config.preview.every,
+            validate_every=_validate_every(config),
         )
     trainer.finish()
     undo.close()
@@ -100,32 +108,19 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process or parallel.is_sharded(accelerator):
         transformer.unload_lora()
-        newest, _ = checkpoint.newest_good(folder / "checkpoints")
-        assert newest is not None
-        final = checkpoint.load(newest)
-        path = folder / f"{config.name}.safetensors"
-        certificate = export_run.publish(config, base, transformer, final, path=path)
-        say(export_run.summary(certificate, path))
+        with _place_of_export(folder, main=accelerator.is_main_process) as place:
+            path = Path(place) / f"{config.name}.safetensors"
+            chosen = export_run.choose(folder, config.export)
+            certificate = export_run.publish(config, base, transformer, chosen, path=path)
+            say(export_run.summary(certificate, path))
     accelerator.end_training()
 
 
-def _accelerator() -> Accelerator:
-    """Of accelerate's settings only the processes count; the config has the rest."""
-    accelerator = Accelerator(mixed_precision="no")  # base.dtype decides, not a launcher's default
-    if accelerator.gradient_accumulation_steps != 1:  # it would scale down every gradient
-        raise ConfigError(
-            "accelerate's gradient_accumulation_steps is "
-            f"{accelerator.gradient_accumulation_steps}: set train.accumulate instead, and launch "
-            "without --gradient_accumulation_steps"
-        )
-    if accelerator.distributed_type not in ENGINES:
-        raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; Kindling trains "
-            "on one device or with plain data parallelism. Choose that in `accelerate config`."
-        )
-    return accelerator
+def _place_of_export(folder: Path, *, main: bool) -> AbstractContextManager[Path | str]:
+    """The run's folder; for the others, who only lend their part of the base, one that goes."""
+    return nullcontext(folder) if main else TemporaryDirectory()
 
 
 def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> str:
@@ -137,13 +132,20 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
     lines = [f"base: {base.name} ({base.family.name}, {config.base.dtype})"]
     for one, times in zip(prepared.sets, passes, strict=True):
         lines += _describe_set(one, passes=times)
+    if prepared.trial is not None:
+        lines += prepared.trial.describe(config.validation, every=_validate_every(config))
     lines += [
         f"steps: {train.steps} of {effective} pictures ({train.batch_size} a batch, "
         f"{train.accumulate} accumulated, {world} process{'es' if world > 1 else ''})",
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
         encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
-    sources = {r.caption: r.caption_source for one in prepared.sets for r in one.collection.records}
+    if export_run.weights_of(config) != "last":
+        lines.append(f"previews, checks and the export show the {export_run.weights_of(config)}")
+    sources = dict(prepared.trial.sources) if prepared.trial else {}
+    sources |= {
+        r.caption: r.caption_source for one in prepared.sets for r in one.collection.records
+    }
     cut = [
         f"{sources.get(text, 'preview prompt')}: {tokens} tokens, the limit is {limit}"
         for text, (tokens, limit) in prepared.truncated.items()
@@ -157,8 +159,9 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
     """What is trained of a data set, and what was odd about it."""
     collection = one.collection
     sizes = ", ".join(f"{b.geometry} × {b.pictures}" for b in one.plan.buckets)
-    count = len(collection.records)
-    lines = [f"data: {count} pictures in {one.data.path}, {passes:.1f} passes; buckets {sizes}"]
+    lines = [
+        f"data: {one.pictures} pictures in {one.data.path}, {passes:.1f} passes; buckets {sizes}"
+    ]
     skipped = [f"{fault.path}: {fault.reason}" for fault in collection.faults]
     if skipped:
         lines.append(bullet_list(f"skipped {len(skipped)} pictures:", skipped))
@@ -166,6 +169,10 @@ def _describe_set(one: PreparedSet, *, passes: float) -> list[str]:
         notes = [f"{note.path}: {note.text}" for note in collection.notes]
         lines.append(bullet_list("notes:", notes))
     return lines
+
+
+def _validate_every(config: Config) -> int:
+    return config.validation.every or config.train.checkpoint_every
 
 
 def base_digest(base: Base, prepared: Prepared) -> str:
@@ -199,38 +206,75 @@ def _build(
     """The trainer, restored if there is something to restore, its transformer, and the way back
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
+    device, shape = accelerator.device, base.transformer_files().settings
+    sharded = parallel.is_sharded(accelerator)
+    memory, said = automatic.settle(
+        config,
+        shape=shape,
+        examples=[example.geometry for example in prepared.examples],
+        device=device,
+        sharded=sharded,
+    )
+    if said:
+        accelerator.print(said)
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
-        transformer = base.load_transformer(accelerator.device, cache=prepared.cache.root)
-    assembled = assemble.assemble(transformer, config, device=accelerator.device, dtype=base.dtype)
+        place = memory.place(torch.device("cpu") if sharded else device)
+        transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
+    assembled = assemble.assemble(
+        transformer,
+        config,
+        memory=memory,
+        device=device,
+        dtype=base.dtype,
+        sharded=sharded,
+        start=saved.start if saved else None,
+    )
     settings = config.model_dump(mode="json")
+    start = saved.progress.step if saved else 0
     tracker = Tracker(
         folder,
         name=config.name,
         track=config.track,
         settings=settings,
-        start=saved.progress.step if saved else 0,
+        start=start,
         steps=config.train.steps,
         every=config.train.log_every,
         main=accelerator.is_main_process,
     )
     cache, keys = prepared.cache, prepared.keys
+    order = _order(config, prepared)
+    loader = Loader(
+        prepared.examples,
+        empty_text=keys.prompt(""),
+        cache=cache,
+        flow=config.flow,
+        seed=config.seed,
+    )
+    validator = prepared.trial and Validator(
+        prepared.trial,
+        cache=cache,
+        flow=config.flow,
+        levels=config.validation.sigmas,
+        batch_size=config.train.batch_size,
+        accelerator=accelerator,
+    )
+    if not start:
+        sigmas = loader.first_sigmas(order, count=SHOWN_SIGMAS)
+        tracker.sigmas(sigmas)
+        accelerator.print(f"sigma {spread(sigmas)}")
     trainer = Trainer(
         config,
         accelerator=accelerator,
         base=base,
         transformer=transformer,
-        order=_order(config, prepared),
-        loader=Loader(
-            prepared.examples,
-            empty_text=keys.prompt(""),
-            cache=cache,
-            flow=config.flow,
-            seed=config.seed,
-        ),
+        order=order,
+        loader=loader,
         previews=_previews(config, prepared, folder=folder / "previews"),
         tracker=tracker,
         folder=folder,
         origin=origin,
+        watch=validator and Watch(validator, tracker=tracker),
+        start=assembled.start,
     )
     if saved:
         trainer.restore(saved)
@@ -252,7 +296,9 @@ def _write_facts(folder: Path, config: Config) -> None:
     """The resolved config and what it ran on, beside the run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / export_run.CONFIG).write_text(config_load.dump(config), encoding="utf-8")
-    facts = {package: version(package) for package in PACKAGES}
+    extra = optim.PACKAGES.get(config.optim.name)
+    packages = (*PACKAGES, extra) if extra else PACKAGES
+    facts = {package: version(package) for package in packages}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

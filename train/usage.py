@@ -33,3 +33,16 @@ def peak_ram() -> int:
     """Bytes that the process has held at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset() -> None:
+    """Let the peak that `now` tells begin here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def now() -> str:
+    """`21.3 GB VRAM`: the peak since `reset`, as torch counts it; without a GPU the peak of RAM."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB VRAM"
+    return f"{peak_ram() / 1e9:.1f} GB RAM"

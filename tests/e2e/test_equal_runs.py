@@ -1,12 +1,19 @@
 """Runs that must come out equal: resumed, and with accumulation for batch size."""
 
+import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import runs
+from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
+from train import checkpoint, lora, offload
+from train.adapters import export, export_run, files
+from train.average import ema_decay
+from train.errors import ConfigError
 from train.track import Tracker
 
 
@@ -36,6 +43,11 @@ RUNS = {
     "dropout": {"lora": {"dropout": 0.2}},
     # rank 32 has tensors of 4096 elements and more, whose moments are in 8 bits
     "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lora_plus": 4.0}},
+    "prodigy": {"optim": {"name": "prodigy", "lr": 1.0, "schedule": "cosine", "restarts": 1}},
+    "ema and pissa": {"train": {"ema": 0.9}, "lora": {"init": "pissa"}},
+    # which streams the frozen half of the adapter, too
+    "streamed pissa": {"lora": {"init": "pissa"}, "memory": {"resident_blocks": 1}},
     "bf16": {"base": {"dtype": "bf16"}},
     "gradient checkpointing": {
         "memory": {"gradient_checkpointing": "all"},
@@ -45,7 +57,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, crash_at):
+def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, crash_at, monkeypatch):
     """Crashed after step 7, resumed from the checkpoint of step 5."""
     sections = {**RUNS[name], "data": {"flip": True, "caption_dropout": 0.3}}
     sections["train"] = {**sections.get("train", {}), "steps": 10, "checkpoint_every": 5}
@@ -53,8 +65,83 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
     crash_at(7)
     with pytest.raises(CrashError):
         train_run(f"{name} resumed", **sections)
+    monkeypatch.setattr(lora, "PISSA_ITERATIONS", 5)  # as if the SVD rounded otherwise now
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "schedulefree"])
+def test_looking_at_the_average_changes_no_bit(optim, train_run: TrainRun):
+    """Previews and checkpoints at every step, and none before the last."""
+    average = {} if optim == "schedulefree" else {"ema": 0.9}
+    folders = []
+    for every in (1, 4):
+        sections = {"optim": {"name": optim}, "train": {"checkpoint_every": every, **average}}
+        preview = {"prompts": ("a",), "every": every, "width": 64, "height": 64, "steps": 1}
+        folders.append(train_run(f"{optim} every {every}", preview=preview, **sections))
+    runs.assert_same_run(*folders)
+    names = sorted(path.name for path in (folders[0] / "previews").iterdir())
+    assert names == [f"step-00000{step}-0-average.png" for step in range(5)]
+
+
+EXPORTS = {
+    "ema": {"train": {"ema": 0.5}},
+    "ema, last": {"train": {"ema": 0.5}, "export": {"dtype": "fp32", "weights": "last"}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lr": 1e-2}},
+    "rslora and pissa": {"lora": {"rslora": True, "alpha": 3.0, "init": "pissa", "rank": 4}},
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_folder: Path):
+    """Its updates are the average's, the last weights' or the sum of PiSSA's two branches."""
+    folder = train_run(f"export {name}", **EXPORTS[name])
+    saved = checkpoint.load(runs.last_checkpoint(folder))
+    found = export.read(folder / "tiny.safetensors")
+    certificate = json.loads((folder / "tiny.certificate.json").read_text())
+    assert certificate["passed"], certificate["reasons"]
+    for number, module in enumerate(lora.block_linears(tiny.transformer(guidance=True))):
+        wanted = saved.adapter.delta(module)
+        if name == "ema":
+            assert saved.average is not None
+            assert not torch.allclose(saved.average.delta(module), wanted, rtol=0.01)
+            wanted = saved.average.delta(module)
+        elif name == "schedulefree":  # x of Defazio et al. 2024, from y and z
+            beta, states = 0.9, saved.optimizer["state"]
+            pairs = zip((saved.adapter.down, saved.adapter.up), (0, 1), strict=True)
+            x = [w[module].lerp(states[2 * number + i]["z"], 1 - 1 / beta) for w, i in pairs]
+            assert not torch.allclose(x[1] @ x[0], wanted, rtol=0.01)
+            wanted = x[1] @ x[0]
+        elif name == "rslora and pissa":
+            assert saved.start is not None
+            wanted = wanted + saved.start.delta(module)
+        torch.testing.assert_close(found.delta(module), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_an_average_can_begin_at_a_resume(train_run: TrainRun):
+    train_run("late", train={"steps": 2})
+    folder = train_run("late", train={"steps": 3, "ema": 0.5}, resume=True, accept=True)
+    before, after = checkpoint.list_checkpoints(folder / "checkpoints")
+    kept = ema_decay(0.5, done=3)
+    saved, was = checkpoint.load(after), checkpoint.load(before).adapter
+    assert saved.average is not None
+    for module, up in saved.average.up.items():
+        torch.testing.assert_close(
+            up, torch.lerp(was.up[module], saved.adapter.up[module], 1 - kept)
+        )
+
+
+def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path: Path):
+    folder = train_run("other weights", train={"ema": 0.5, "steps": 2})
+    output = tmp_path / "last.safetensors"
+    assert export_run.main([str(folder), "--weights", "last", "--output", str(output)]) == 0
+    saved = checkpoint.load(runs.last_checkpoint(folder))
+    found, metadata = export.read(output), files.load(output)[1]
+    assert metadata["kindling.weights"] == "last"
+    for module, down in saved.adapter.down.items():
+        assert torch.equal(found.down[module], down)
+    published = files.load(folder / "tiny.safetensors")[1]
+    assert published["kindling.weights"] == "average (ema 0.5)"
 
 
 def test_several_data_sets_resume_to_the_bit(train_run: TrainRun, shared: Path, crash_at):
@@ -83,6 +170,31 @@ def test_gradient_checkpointing_changes_no_bit(train_run: TrainRun):
     checkpointed = train_run("cp", train={"steps": 3}, memory=memory, **changes)
     assert runs.adapter_change(plain, checkpointed) == 0
     assert runs.metrics(plain) == runs.metrics(checkpointed)
+
+
+def test_streaming_changes_no_bit(train_run: TrainRun, monkeypatch):
+    """Of a run with previews, nor of the adapter that it publishes; two blocks share a slot."""
+    attach = offload.attach
+    monkeypatch.setattr(offload, "attach", partial(attach, slots=1))
+    changes = {
+        "lora": {"dropout": 0.2},
+        "train": {"steps": 3, "accumulate": 2},
+        "preview": {"prompts": ("a fox",), "every": 2, "steps": 2},
+    }
+    plain = train_run("resident", **changes)
+    memory = {"resident_blocks": 0, "gradient_checkpointing": 3, "offload_activations": True}
+    streamed = train_run("streamed", **changes, memory=memory)
+    runs.assert_same_run(plain, streamed)
+    picture = Path("previews", "step-000003-0.png")
+    assert (plain / picture).read_bytes() == (streamed / picture).read_bytes()
+    certificate = json.loads((streamed / "tiny.certificate.json").read_text(encoding="utf-8"))
+    assert certificate["passed"]
+
+
+@pytest.mark.parametrize("key", ["resident_blocks", "gradient_checkpointing"])
+def test_auto_is_not_decided_yet(train_run: TrainRun, key):
+    with pytest.raises(ConfigError, match=f"memory.{key}: auto"):
+        train_run("auto", memory={key: "auto"})
 
 
 def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):

@@ -67,7 +67,7 @@ def test_a_signal_saves_and_ends_with_its_own_status(number, shared, dev_folder)
 def test_told_by_their_launcher_two_processes_stop_after_the_same_step(shared, dev_folder):
     config = write_config(shared, "both", model=dev_folder, train=ENDLESS)
     folder = shared / "both" / "runs" / "tiny"
-    process = runs.start(config, processes=2)
+    process = runs.start(config, engine="ddp")
     wait_for_steps(folder, process=process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
@@ -114,7 +114,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(shared, dev_fol
     sections = {"train": {"steps": 100_000, "checkpoint_every": 5}}
     config = write_config(shared, "dying", model=dev_folder, **sections)
     folder = shared / "dying" / "runs" / "tiny"
-    process = runs.start(config, processes=2)
+    process = runs.start(config, engine="ddp")
     wait_for_steps(folder, process=process, count=8)
     both = workers(process.pid)
     os.kill(both[1], signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(shared, dev_fol
     assert saved is not None
     step = checkpoint.load(saved).progress.step
     assert step >= 5
-    output = runs.launch(config, "--resume", f"train.steps={step + 2}", processes=2)
+    output = runs.launch(config, "--resume", f"train.steps={step + 2}", engine="ddp")
     assert f"resuming after step {step} " in output
 
 

@@ -55,7 +55,10 @@ def test_a_folder_of_pictures_becomes_an_adapter_with_everything_beside_it(whole
 def test_metrics_have_every_step(whole):
     rows = runs.metrics(whole[0], drop=())
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert all(set(row) == {"step", "loss", "grad_norm", "lr", "epoch", "seconds"} for row in rows)
+    figures = {"step", "loss", "grad_norm", "lr", "epoch", "seconds"}
+    kinds = {"double_attn", "double_ff", "single"}
+    figures |= {f"{norm}/{kind}" for norm in ("grad_norm", "lora_norm") for kind in kinds}
+    assert all(set(row) == figures for row in rows)
     assert max(row["lr"] for row in rows) == pytest.approx(1e-3)
     assert rows[-1]["epoch"] == pytest.approx(20 * 2 / 3)
 
@@ -108,27 +111,38 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(whole, shared, dev_folder
     runs.assert_same_run(folder, whole[0])
 
 
+@pytest.mark.parametrize(
+    ("engine", "quantize", "memory"),
+    [
+        ("ddp", "none", {"gradient_checkpointing": "none", "resident_blocks": 0}),
+        ("fsdp2", "nf4", {"gradient_checkpointing": "all"}),
+    ],
+)
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(
-    shared, dev_folder, train_run: TrainRun
+    engine, quantize, memory, shared, dev_folder, train_run: TrainRun
 ):
     """Same pictures, noise, dropout and weights in every step; only the order of sums differs.
+    Streaming, sharding and recomputation change no bit, which other tests hold.
 
     eps 1e-4 keeps AdamW from blowing that up where a gradient is all rounding: then a weight's
     update differs by lr/eps times the gradient's difference, so 10 a step times 1e-8 for gradients
     of 0.1 in fp32, and 1e-6 after six steps; the weights move by up to 6e-3.
     """
     changes = {
+        "base": {"quantize": quantize},
         "data": {"flip": True, "caption_dropout": 0.3},
         "lora": {"dropout": 0.1},
         "optim": {"eps": 1e-4},
     }
     steps = {"steps": 6, "accumulate": 1}
-    config = write_config(shared, "two", model=dev_folder, train=steps, **changes)
-    output = runs.launch(config, processes=2)
+    sections = {"train": steps, "memory": memory, "preview": PREVIEW, **changes}
+    config = write_config(shared, engine, model=dev_folder, **sections)
+    output = runs.launch(config, engine=engine)
     assert "2 processes" in output
     assert "certificate: loads" in output
-    two = shared / "two" / "runs" / "tiny"
-    one = train_run("one", train={**steps, "accumulate": 2}, **changes)
+    two = shared / engine / "runs" / "tiny"
+    assert len(list((two / "previews").iterdir())) == 2 * 2
+    one = train_run(f"one for {engine}", train={**steps, "accumulate": 2}, **changes)
     assert runs.adapter_change(one, two) < 2e-6
     for ours, theirs in zip(runs.metrics(one), runs.metrics(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

@@ -16,9 +16,7 @@ from train.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {path: p}\ntrain: {steps: 9}\n"
-SECTIONS = (
-    "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, track, export"
-)
+SECTIONS = "base, data, more_data, encode, lora, flow, optim, train, memory, speed, preview, validation, track, export"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +46,7 @@ SETTINGS = [
     ("lora.rank: 3", "4: lora.rank: unknown key; in a file, write 'rank' below 'lora:'"),
     ("lorra: {rank: 3}", "4: lorra: unknown key; did you mean 'lora'?"),
     ("learning_rate: 3", "4: learning_rate: unknown key; did you mean 'optim.lr'?"),
-    ("lora: {qqq: 3}", "4: lora.qqq: unknown key; allowed here: targets, rank, alpha, dropout"),
+    ("lora: {qqq: 3}", "4: lora.qqq: unknown key; allowed here: targets, rank, alpha, rslora, dropout, init"),
     ("zzz: 3", f"4: zzz: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),
     ("1: 3", f"4: 1: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),
     ("? [a]\n: 3", f"4: ['a']: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),
@@ -87,7 +85,7 @@ SETTINGS = [
     ("flow: {shift: -1}", "4: flow.shift: must be 'tokens' or 'none', or a number above 0; got -1"),
     ("lora: 3", "4: lora: must be a section; got 3"),
     ("flow:\n  sampling: uniform\n  std: 2", "6: flow.std: has no effect with sampling: uniform; remove it"),
-    ("more_data: [{path: q, pth: r}]", "4: more_data, item 1.pth: unknown key; did you mean 'data.path'?"),
+    ("more_data: [{path: q, pth: r}]", "4: more_data, item 1.pth: unknown key; did you mean 'data.path' or 'validation.path'?"),
     ("more_data: [{resolution: 64}]", "4: more_data, item 1.path: missing; it must be text, not empty"),
     ("more_data: {path: q}", "4: more_data: must be a list of sections; got a mapping"),
     ("more_data: [{path: q, share: 1}]", "2: data: share must be set in data and in all of more_data, or in none"),

@@ -240,7 +240,8 @@ def config(**sections: Any) -> Config:
 def test_assembling_is_all_that_training_needs(undo: ExitStack) -> None:
     transformer = tiny.transformer(guidance=True)
     settings = config(speed={"attention": "native"}, memory={"gradient_checkpointing": "all"})
-    made = assemble.assemble(transformer, settings, device=CPU, dtype=torch.float32)
+    memory = assemble.Memory.of(settings.memory, double=2, single=2)
+    made = assemble.assemble(transformer, settings, memory=memory, device=CPU, dtype=torch.float32)
     assert transformer.gradient_checkpointing
     assert len(made.targets) == 2 * 12 + 2 * 2
     assert [p.dtype for p in lora.trainable(transformer)] == [torch.float32] * 56

@@ -1,6 +1,7 @@
 """metrics.jsonl has every step once, the console some of them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def test_the_console_has_every_nth_step_and_the_last(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
     assert lines[0].startswith("step 2/5  loss 1.0000  grad 0.500  0.00 s/step  0:00:0")
+    assert re.search(r" left  \d+\.\d GB V?RAM$", lines[0])
 
 
 def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):

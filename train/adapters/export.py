@@ -60,6 +60,11 @@ class Facts:
     sigma_sampling: str
     training_shift: str
     inference_shift: str
+    checkpoint: str | None = None
+    """Which rule chose the checkpoint, and why that one."""
+    held_out_loss: float | None = None
+    weights: str = "last"
+    """Which of the run's: the last ones, or an average."""
     trigger: str | None = None
     title: str | None = None
     author: str | None = None
@@ -70,7 +75,8 @@ class Facts:
 def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
     """Metadata for `write`: ModelSpec 1.0.0, the ss_* fields that are true here, and our own.
 
-    ss_network_alpha is the file's, where the scale is folded in; kindling.alpha is the run's.
+    ss_network_alpha is the file's, where the scale is folded in; kindling.alpha is the run's, such
+    that alpha / rank is the strength.
     """
     architecture, version = KINDS.get(facts.shape, (None, None))
     if architecture is None:
@@ -104,10 +110,13 @@ def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
         "kindling.steps": facts.steps,
         "kindling.rank": adapter.rank,
         "kindling.alpha": adapter.alpha,
+        "kindling.weights": facts.weights,
         "kindling.guidance": facts.guidance,
         "kindling.sigma_sampling": facts.sigma_sampling,
         "kindling.training_shift": facts.training_shift,
         "kindling.inference_shift": facts.inference_shift,
+        "kindling.checkpoint": facts.checkpoint,
+        "kindling.held_out_loss": facts.held_out_loss,
     }
     return {key: str(value) for key, value in fields.items() if value is not None}
 

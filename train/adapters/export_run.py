@@ -1,6 +1,7 @@
 """`kindling export`: a run, or one of its checkpoints, to an adapter file with its certificate."""
 
 import argparse
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, config_load
+from train import checkpoint, config_load, verdict
 from train.adapters import certify, export
 from train.adapters.write import LAYOUTS
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
-from train.config import Config
+from train.config import Config, ExportConfig
 from train.errors import CheckpointError
 from train.names import Shape
+from train.verdict import History
 
 CONFIG = "config.yaml"
 
@@ -31,13 +33,16 @@ def main(argv: list[str] | None = None) -> int:
         metavar="LAYOUT,...",
         help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the config's export.dtype")
+    parser.add_argument("--dtype", choices=DTYPES, help="instead of the config's export.dtype")
     parser.add_argument(
         "--output", type=Path, help="default: RUN/NAME.safetensors, NAME-comfyui.safetensors, ..."
     )
+    parser.add_argument(
+        "--weights", choices=["average", "last"], help="instead of the config's export.weights"
+    )
     arguments = parser.parse_args(argv)
-    run, saved = _find(arguments.run)
-    config = config_load.load(run / CONFIG)
+    changes = {"export.weights": arguments.weights, "export.dtype": arguments.dtype}
+    run, config, chosen = _find(arguments.run, changes=changes)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
@@ -47,54 +52,124 @@ def main(argv: list[str] | None = None) -> int:
         path = output
         if layout != "diffusers" and (arguments.output is None or len(arguments.format) > 1):
             path = output.with_name(f"{output.stem}-{layout}{output.suffix}")
-        certificate = publish(
-            config,
-            base,
-            transformer,
-            saved,
-            path=path,
-            layout=layout,
-            dtype=arguments.dtype,
-        )
+        certificate = publish(config, base, transformer, chosen, path=path, layout=layout)
         print(summary(certificate, path))
         passed &= certificate["passed"]
     return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint that is exported, and why it is that one."""
+
+    saved: Checkpoint
+    rule: str
+    """best, last or named."""
+    reason: str
+    held_out_loss: float | None = None
+    """Of this checkpoint, where pictures are held out and it was checked."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the certificate."""
+        return {
+            "step": self.saved.progress.step,
+            "rule": self.rule,
+            "reason": self.reason,
+            "held_out_loss": self.held_out_loss,
+        }
+
+
+def choose(run: Path, settings: ExportConfig) -> Chosen:
+    """The checkpoint of a run that `export.checkpoint` means.
+
+    Raises CheckpointError if none is good, or if the best is insisted on and can't be told or read.
+    """
+    newest, faults = checkpoint.newest_good(run / "checkpoints")
+    if newest is None:
+        raise CheckpointError("\n".join([f"{run}: no good checkpoint to export", *faults]))
+    last, insists = checkpoint.load(newest), settings.checkpoint == "best"
+    history = _history(last)
+    best = verdict.best(history.checks) if history else None
+    if settings.checkpoint == "last":
+        return _named(last, history, rule="last", reason="export.checkpoint is last")
+    if history is None or best is None:
+        reason = "no checkpoint has a loss on held-out pictures"
+        if insists:
+            raise CheckpointError(
+                f"{run}: export.checkpoint is best, but {reason}. Set it to last."
+            )
+        return _named(last, history, rule="last", reason=reason)
+    try:
+        saved = checkpoint.load(checkpoint.path_of(run / "checkpoints", best.step))
+    except CheckpointError as error:
+        if insists:
+            raise
+        return _named(last, history, rule="last", reason=f"the best can't be read: {error}")
+    first, loss = history.checks[0], f"held-out loss {verdict.summary(best.losses)}"
+    if first.step == 0:
+        loss += f", {verdict.change(best, since=first):+} to the base"
+    reason = f"{loss}; the rule: {verdict.BEST_RULE}"
+    return _named(saved, history, rule="best", reason=reason)
+
+
+def _named(saved: Checkpoint, history: History | None, *, rule: str, reason: str) -> Chosen:
+    checks = history.checks if history else ()
+    losses = {check.step: check.loss for check in checks}
+    return Chosen(saved, rule, reason, losses.get(saved.progress.step))
+
+
+def _history(saved: Checkpoint) -> History | None:
+    """A checkpoint's checks, if they are of held-out pictures."""
+    facts = saved.progress.checks
+    history = History.of_json(facts) if facts else None
+    return history if history and history.held_out else None
 
 
 def publish(
     config: Config,
     base: Base,
     transformer: Any,
-    saved: Checkpoint,
+    chosen: Chosen,
     *,
     path: Path,
     layout: str = "diffusers",
-    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
 
     transformer: the base's, without adapters; it is handed back unchanged. layout: one of
-    `write.LAYOUTS`. dtype: by default the config's.
+    `write.LAYOUTS`.
     """
-    metadata = export.describe(_facts(config, base, transformer, saved), saved.adapter)
-    kind = DTYPES[dtype or config.export.dtype]
-    export.write(saved.adapter, path, dtype=kind, metadata=metadata, layout=layout)
+    adapter = chosen.saved.shown(config.export.weights)
+    metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
+    dtype = DTYPES[config.export.dtype]
+    export.write(adapter, path, dtype=dtype, metadata=metadata, layout=layout)
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
+    certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
     return certificate
 
 
 def summary(certificate: dict[str, Any], path: Path) -> str:
     """Two or more lines for the console."""
-    size = path.stat().st_size / 1e6
+    facts = certificate["checkpoint"]
+    lines = f"checkpoint: {facts['rule']}, step {facts['step']}; {facts['reason']}\n"
+    lines += f"adapter: {path} ({path.stat().st_size / 1e6:.1f} MB)\n"
     if certificate["passed"]:
         return (
-            f"adapter: {path} ({size:.1f} MB)\n"
-            "certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
+            f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
         )
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
-    return f"adapter: {path} ({size:.1f} MB)\ncertificate: FAILED\n{reasons}"
+    return f"{lines}certificate: FAILED\n{reasons}"
+
+
+def weights_of(config: Config) -> str:
+    """Which weights are exported and previewed, in words."""
+    if config.optim.name == "schedulefree":
+        return "average (schedulefree)"
+    if config.train.ema is not None and config.export.weights == "average":
+        return f"average (ema {config.train.ema:g})"
+    return "last"
 
 
 def _layouts(text: str) -> tuple[str, ...]:
@@ -107,22 +182,27 @@ def _layouts(text: str) -> tuple[str, ...]:
     return names
 
 
-def _find(path: Path) -> tuple[Path, Checkpoint]:
-    """The run's folder and the checkpoint meant: the one named, or the newest good one."""
+def _find(path: Path, *, changes: dict[str, str | None]) -> tuple[Path, Config, Chosen]:
+    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s.
+
+    changes: settings in place of the config's; None leaves them.
+    """
+    overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
     if (path / checkpoint.MANIFEST).is_file():
-        return path.parent.parent, checkpoint.load(path)
+        run, saved = path.parent.parent, checkpoint.load(path)
+        chosen = _named(saved, _history(saved), rule="named", reason="by the user")
+        return run, config_load.load(run / CONFIG, overrides), chosen
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: not the folder of a run (it has no {CONFIG}) nor of a checkpoint. "
             "A run's folder is OUTPUT/NAME of its config, such as runs/demo."
         )
-    newest, faults = checkpoint.newest_good(path / "checkpoints")
-    if newest is None:
-        raise CheckpointError("\n".join([f"{path}: no good checkpoint to export", *faults]))
-    return path, checkpoint.load(newest)
+    config = config_load.load(path / CONFIG, overrides)
+    return path, config, choose(path, config.export)
 
 
-def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> export.Facts:
+def _facts(config: Config, base: Base, transformer: Any, chosen: Chosen) -> export.Facts:
+    saved = chosen.saved
     shape = Shape.of(transformer)
     embedded = transformer.config.guidance_embeds
     sampling = config.flow.sampling
@@ -137,6 +217,8 @@ def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> e
         shape=(shape.width, shape.double, shape.single),
         resolution=max(config.data.resolutions),
         steps=saved.progress.step,
+        checkpoint=f"{chosen.rule}: {chosen.reason}",
+        held_out_loss=chosen.held_out_loss,
         config_hash=config_load.digest(config),
         data_hash=saved.progress.origin.data,
         guidance=config.flow.guidance if embedded else None,
@@ -147,5 +229,6 @@ def _facts(config: Config, base: Base, transformer: Any, saved: Checkpoint) -> e
         title=config.export.title,
         author=config.export.author,
         description=config.export.description,
+        weights=weights_of(config),
         licence=LICENCES.get(base.name) or LICENCES.get(base.source),
     )

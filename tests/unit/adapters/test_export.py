@@ -129,6 +129,7 @@ def test_metadata(tmp_path: Path) -> None:
         "kindling.steps": "1500",
         "kindling.rank": "2",
         "kindling.alpha": "3.0",
+        "kindling.weights": "last",
         "kindling.guidance": "1.0",
         "kindling.sigma_sampling": "logit-normal(0.0, 1.0)",
         "kindling.training_shift": "tokens",

@@ -1,0 +1,91 @@
+"""GPUs as `kindling plan` sees them: the one at hand, or a card known by its size.
+
+Owns the table of cards and what it was taken from. Asks CUDA and measures nothing else.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card's memory in bytes and its speeds."""
+
+    name: str
+    total: int
+    """As torch reports it."""
+    free: int
+    """Of it when the plan was made; all of it for a card that isn't at hand."""
+    matmul: float
+    """Floating point operations a second of large bf16 matrix products."""
+    bandwidth: float
+    """Bytes a second of its own memory."""
+    link: float
+    """Bytes a second from RAM."""
+    here: bool
+    """At hand: memory and matmul are measured, else published or assumed."""
+
+
+SHARE = 0.5
+"""Assumed, not measured yet: what training reaches of a data sheet's matrix products. The fp32
+low-rank branches, attention and what isn't a matrix product are in it."""
+SHARE_MEASURED = 0.6
+"""Assumed, not measured yet: the same of the measured rate of large products."""
+LINK_SHARE = 0.8
+"""Assumed, not measured yet: what pinned copies reach of the PCIe generation's rate."""
+
+
+def _card(name: str, gib: float, tflops: float, gigabytes: float, link: float) -> Gpu:
+    size = int(gib * GIB)
+    return Gpu(name, size, size, tflops * 1e12, gigabytes * 1e9, link * 1e9, here=False)
+
+
+CARDS = {
+    12: _card("RTX 4070", 11.6, 58.3, 504, 31.5),
+    16: _card("RTX 4080", 15.5, 97.5, 717, 31.5),
+    24: _card("RTX 4090", 23.5, 165.2, 1008, 31.5),
+    32: _card("RTX 5090", 31.3, 209.5, 1792, 63.0),
+    48: _card("L40S", 44.3, 362.0, 864, 31.5),
+    80: _card("H100 SXM", 79.1, 989.4, 3350, 63.0),
+    141: _card("H200", 139.7, 989.4, 4800, 63.0),
+}
+"""By the size that a card is sold as. Memory is assumed: about what torch reports on cards of that
+name, which is less than the name says (drivers, ECC); an L4 or A10G, also sold as 24 GB, has about
+22 GiB. Matrix products are NVIDIA's data sheets': dense, bf16, summed in fp32; so are the rates of
+memory. Link: one direction of PCIe 4.0 or 5.0 x16."""
+
+
+def at_hand() -> Gpu | None:
+    """This machine's GPU, its matrix products timed for about a second; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    rate = _timed_products(torch.device("cuda"))
+    # memory and link have no quick honest measure here; both only matter for quantised or streamed
+    near = min(CARDS.values(), key=lambda card: abs(card.total - total))
+    name = torch.cuda.get_device_name()
+    return Gpu(name, total, free, rate, near.bandwidth, near.link, here=True)
+
+
+def _timed_products(device: torch.device, *, side: int = 4096, seconds: float = 0.5) -> float:
+    """Operations a second of bf16 products of two square matrices."""
+    left, right = (torch.ones(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        torch.mm(left, right)
+    _wait(device)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        for _ in range(20):
+            torch.mm(left, right)
+        _wait(device)
+        count += 20
+    return 2 * side**3 * count / (time.perf_counter() - begin)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
