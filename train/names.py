@@ -5,9 +5,24 @@ before anything heavy is imported. Reading files is `weights`'.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train.comfyui import Shape, diffusers_places
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+
+DOUBLE_BLOCK = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+"""BFL's Linear -> diffusers' Linears, whose rows lie below each other in it."""
+
+SINGLE_BLOCK = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
 
 OUTSIDE = {
     "x_embedder": "img_in",
@@ -54,6 +69,62 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What the mapping needs to know of a transformer."""
+
+    width: int
+    double: int
+    single: int
+    mlp_ratio: float = 3.0
+
+    @classmethod
+    def of(cls, transformer: "Flux2Transformer2DModel") -> "Shape":
+        """The shape of a diffusers transformer."""
+        config = transformer.config
+        return cls(
+            config["num_attention_heads"] * config["attention_head_dim"],
+            config["num_layers"],
+            config["num_single_layers"],
+            config["mlp_ratio"],
+        )
+
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """All Linears in the blocks: BFL name -> (out, in)."""
+        width, hidden = self.width, int(self.width * self.mlp_ratio)
+        sizes = {
+            "qkv": (3 * width, width),
+            "proj": (width, width),
+            "0": (2 * hidden, width),
+            "2": (width, hidden),
+            "linear1": (3 * width + 2 * hidden, width),
+            "linear2": (width, width + hidden),
+        }
+        kinds = [("double_blocks", self.double, DOUBLE_BLOCK)]
+        kinds += [("single_blocks", self.single, SINGLE_BLOCK)]
+        return {
+            f"{blocks}.{i}.{name}.weight": sizes[name.rpartition(".")[2]]
+            for blocks, count, names in kinds
+            for i in range(count)
+            for name in names
+        }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a BFL weight, and its number of columns."""
+
+    weight: str
+    start: int
+    stop: int
+    columns: int
+
+    def overlap(self, other: "Place") -> tuple[int, int] | None:
+        """First and one past the last row that both have."""
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        return (start, stop) if self.weight == other.weight and start < stop else None
+
+
+@dataclass(frozen=True)
 class Home:
     """Where one of diffusers' weights is in a BFL file."""
 
@@ -62,6 +133,20 @@ class Home:
     """First and one past the last; None means all."""
     swapped: bool = False
     """Whether its two halves change places."""
+
+
+def diffusers_places(shape: Shape) -> dict[str, Place]:
+    """diffusers module name -> where its weight is in BFL's naming."""
+    places = {}
+    for weight, (rows, columns) in shape.weights().items():
+        blocks, index, name = weight.removesuffix(".weight").split(".", 2)
+        single = blocks == "single_blocks"
+        parts = (SINGLE_BLOCK if single else DOUBLE_BLOCK)[name]
+        for i, part in enumerate(parts):
+            module = f"{'single_' if single else ''}transformer_blocks.{index}.{part}"
+            height = rows // len(parts)
+            places[module] = Place(weight, i * height, (i + 1) * height, columns)
+    return places
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

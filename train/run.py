@@ -18,7 +18,6 @@ from train import (
     automatic,
     config_load,
     encode_text,
-    export_run,
     loop,
     optim,
     parallel,
@@ -26,6 +25,7 @@ from train import (
     sample,
     texts,
 )
+from train.adapters import export_run
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin

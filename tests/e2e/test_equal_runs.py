@@ -10,7 +10,8 @@ import torch
 
 from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, export, export_run, lora, offload
+from train import checkpoint, lora, offload
+from train.adapters import export, export_run, files
 from train.average import ema_decay
 from train.errors import ConfigError
 from train.track import Tracker
@@ -135,11 +136,11 @@ def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path
     output = tmp_path / "last.safetensors"
     assert export_run.main([str(folder), "--weights", "last", "--output", str(output)]) == 0
     saved = checkpoint.load(runs.last_checkpoint(folder))
-    found, metadata = export.read(output), export.load(output)[1]
+    found, metadata = export.read(output), files.load(output)[1]
     assert metadata["kindling.weights"] == "last"
     for module, down in saved.adapter.down.items():
         assert torch.equal(found.down[module], down)
-    published = export.load(folder / "tiny.safetensors")[1]
+    published = files.load(folder / "tiny.safetensors")[1]
     assert published["kindling.weights"] == "average (ema 0.5)"
 
 

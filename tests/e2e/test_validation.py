@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, export_run, run
+from train import checkpoint, run
+from train.adapters import export_run
 from train.errors import CheckpointError, Stopped
 from train.track import Tracker
 from train.trainer import Trainer
