@@ -70,11 +70,11 @@ class Facts:
     sigma_sampling: str
     training_shift: str
     inference_shift: str
-    weights: str = "last"
-    """Which of the run's: the last ones, or an average."""
     checkpoint: str | None = None
     """Which rule chose the checkpoint, and why that one."""
     held_out_loss: float | None = None
+    weights: str = "last"
+    """Which of the run's: the last ones, or an average."""
     trigger: str | None = None
     title: str | None = None
     author: str | None = None

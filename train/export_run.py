@@ -86,7 +86,10 @@ def choose(run: Path, settings: ExportConfig) -> Chosen:
         if insists:
             raise
         return _named(last, history, rule="last", reason=f"the best can't be read: {error}")
-    reason = f"held-out loss {verdict.summary(best.losses)}, by the rule: {verdict.BEST_RULE}"
+    first, loss = history.checks[0], f"held-out loss {verdict.summary(best.losses)}"
+    if first.step == 0:
+        loss += f", {verdict.change(best, since=first):+} to the base"
+    reason = f"{loss}; the rule: {verdict.BEST_RULE}"
     return _named(saved, history, rule="best", reason=reason)
 
 

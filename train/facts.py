@@ -78,7 +78,7 @@ def of(config: BaseConfig) -> Facts:
     known = ", ".join(NAMED_BASES)
     raise ConfigError(
         f"base.model: there is no folder {source}, and of repositories that aren't on this machine "
-        f"a plan knows those of {known}. Download its config files first, or plan with one of these."
+        f"a plan knows those of {known}. Fetch its config files first, or plan with one of these."
     )
 
 

@@ -206,26 +206,6 @@ def read(transformer: nn.Module, lora: LoraConfig, *, adapter: str = ADAPTER_NAM
     return Adapter(weights("lora_A"), weights("lora_B"), lora.rank, lora.scale * lora.rank)
 
 
-def read_start(transformer: nn.Module, lora: LoraConfig) -> Adapter | None:
-    """A copy of what is taken off the adapter, on the CPU; None where that is nothing.
-
-    Frozen as it is, it is streamed with the base: to be read before that begins.
-    """
-    return read(transformer, lora, adapter=START_NAME) if lora.init == "pissa" else None
-
-
-def with_start(adapter: Adapter, start: Adapter) -> Adapter:
-    """The update of both together, as one adapter of twice the rank.
-
-    start is down A0 and up -B0, so that the update is BA - B0 A0 = (B - B0) A + B0 (A - A0). Each
-    product has one factor that is as small as the update; so has its rounding in a file, which in
-    the difference of the two large products it hadn't.
-    """
-    down = {n: torch.cat([a, a - start.down[n]]) for n, a in adapter.down.items()}
-    up = {n: torch.cat([b + start.up[n], -start.up[n]], dim=1) for n, b in adapter.up.items()}
-    return Adapter(down, up, 2 * adapter.rank, 2 * adapter.alpha)
-
-
 @contextmanager
 def disabled(transformer: "Flux2Transformer2DModel") -> Iterator[None]:
     """The base alone, while this lasts. What is trained is so again after it."""
@@ -276,6 +256,26 @@ def gradient_norms(transformer: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is not None:
             groups.setdefault(block_kind(name), []).append(parameter.grad)
     return {kind: nn.utils.get_total_norm(some) for kind, some in sorted(groups.items())}
+
+
+def read_start(transformer: nn.Module, lora: LoraConfig) -> Adapter | None:
+    """A copy of what is taken off the adapter, on the CPU; None where that is nothing.
+
+    Frozen as it is, it is streamed with the base: to be read before that begins.
+    """
+    return read(transformer, lora, adapter=START_NAME) if lora.init == "pissa" else None
+
+
+def with_start(adapter: Adapter, start: Adapter) -> Adapter:
+    """The update of both together, as one adapter of twice the rank.
+
+    start is down A0 and up -B0, so that the update is BA - B0 A0 = (B - B0) A + B0 (A - A0). Each
+    product has one factor that is as small as the update; so has its rounding in a file, which in
+    the difference of the two large products it hadn't.
+    """
+    down = {n: torch.cat([a, a - start.down[n]]) for n, a in adapter.down.items()}
+    up = {n: torch.cat([b + start.up[n], -start.up[n]], dim=1) for n, b in adapter.up.items()}
+    return Adapter(down, up, 2 * adapter.rank, 2 * adapter.alpha)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from train.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
 from train.meter import Meter, gpu_kernels
 
 PROCESS = 4 * 10**9
-"""Assumed, not measured yet: RAM of the process with torch, diffusers and two batches read ahead."""
+"""Assumed, not measured yet: RAM of a process with torch, diffusers and batches read ahead."""
 LOADING = 8 * 10**9
 """RAM beyond what stays there while weights are read, at most: the loader's own limit."""
 DISK_RATE = 1e9

@@ -265,8 +265,8 @@ def _build(
         tracker=tracker,
         folder=folder,
         origin=origin,
-        start=assembled.start,
         watch=validator and Watch(validator, tracker=tracker),
+        start=assembled.start,
     )
     if saved:
         trainer.restore(saved)

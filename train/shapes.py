@@ -1,6 +1,7 @@
 """The shapes of the released bases: what can be known of them before anything is downloaded.
 
-Owns these facts, from the published configs; a test builds the models and counts. A base that is at hand says its own shape, in its config.json.
+Owns these facts, from the published configs; a test builds the models and counts. A base that is at
+hand says its own shape, in its config.json.
 """
 
 from dataclasses import dataclass
