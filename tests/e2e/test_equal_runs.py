@@ -120,7 +120,7 @@ def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_fol
 def test_checks_see_the_average(train_run: TrainRun, monkeypatch):
     """With an average that never moves, every check is of the untrained adapter."""
     monkeypatch.setattr("train.average.ema_decay", lambda decay, *, done: 1.0)
-    validation = {"every": 1, "max_pictures": 4}
+    validation = {"pictures": "training", "every": 1, "max_pictures": 4}
     folders = [
         train_run(f"checks {name}", train={"steps": 2, **train}, validation=validation)
         for name, train in {"average": {"ema": 0.9}, "last": {}}.items()
