@@ -39,12 +39,18 @@ SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"
 
 DEFAULTS = {
     "patch_size": 1,
+    "in_channels": 128,
     "out_channels": None,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
     "mlp_ratio": 3.0,
     "timestep_guidance_channels": 256,
     "guidance_embeds": True,
 }
-"""Of diffusers' class, for a config.json that is older than a setting."""
+"""What shapes depend on, as diffusers' class has it: for a config.json older than a setting."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ class Home:
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """All weights of diffusers' transformer. config: what its config.json says."""
-    config = DEFAULTS | config
+    """All weights of diffusers' transformer. config: its config.json, completed by DEFAULTS."""
     head, shape = config["attention_head_dim"], _shape(config)
     width, time = shape.width, config["timestep_guidance_channels"]
     outputs = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
@@ -84,7 +89,6 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def bfl_homes(config: dict[str, Any]) -> dict[str, Home]:
     """Where each of those weights is in a BFL file; together they are all of the file."""
-    config = DEFAULTS | config
     shape = _shape(config)
     whole = {place.weight: place.stop for place in diffusers_places(shape).values()}
     homes = {}
