@@ -118,6 +118,20 @@ def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_fol
         torch.testing.assert_close(found.delta(module), wanted, rtol=1e-4, atol=1e-7)
 
 
+def test_checks_see_the_average(train_run: TrainRun, monkeypatch):
+    """With an average that never moves, every check is of the untrained adapter."""
+    monkeypatch.setattr("train.average.ema_decay", lambda decay, *, done: 1.0)
+    validation = {"pictures": "training", "every": 1, "max_pictures": 4}
+    folders = [
+        train_run(f"checks {name}", train={"steps": 2, **train}, validation=validation)
+        for name, train in {"average": {"ema": 0.9}, "last": {}}.items()
+    ]
+    rows = [(folder / "validation.jsonl").read_text().splitlines() for folder in folders]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in rows]
+    assert len(set(losses[0])) == 1
+    assert len(set(losses[1])) == len(losses[1]) == 3
+
+
 def test_an_average_can_begin_at_a_resume(train_run: TrainRun):
     train_run("late", train={"steps": 2})
     folder = train_run("late", train={"steps": 3, "ema": 0.5}, resume=True, accept=True)

@@ -229,6 +229,35 @@ def test_pissa_trains_the_adapter_and_not_its_start():
     assert len(lora.trainable_up(ours)) == len(lora.read(ours, config).up)
 
 
+def test_the_base_alone_is_seen_with_pissa_too_and_training_goes_on():
+    """peft would leave the frozen half trained after it."""
+    ours, _ = pissa()
+    name = "transformer_blocks.0.attn.to_q"
+    module: Any = ours.get_submodule(name)
+    trained = [n for n, weight in ours.named_parameters() if weight.requires_grad]
+    with torch.no_grad():
+        module.lora_B[lora.ADAPTER_NAME].weight.add_(1.0)
+    x = torch.randn(5, 32)
+    with lora.disabled(ours):
+        assert torch.equal(module(x), module.base_layer(x))
+    assert not torch.allclose(module(x), module.base_layer(x))
+    assert [n for n, weight in ours.named_parameters() if weight.requires_grad] == trained
+
+
+def test_a_start_that_is_given_is_taken():
+    ours, config = pissa()
+    start = lora.read_start(ours, config)
+    assert start is not None
+    given = moved(start, by=0.1)
+    transformer = tiny.transformer(guidance=True)
+    lora.attach(transformer, config, seed=0, start=given)
+    found = lora.read_start(transformer, config)
+    assert found is not None
+    torch.testing.assert_close((found.down, found.up), (given.down, given.up), rtol=0, atol=0)
+    numbers = sum(weight.numel() for weight in lora.start_parameters(transformer))
+    assert numbers == sum(weight.numel() for weight in lora.trainable(transformer))
+
+
 def moved(adapter: lora.Adapter, *, by: float) -> lora.Adapter:
     """The adapter after some training."""
     down = {n: w + by * w.std() * torch.randn_like(w) for n, w in adapter.down.items()}
