@@ -1,16 +1,15 @@
 """Does a training step fit, and which `auto` settings make it fit: arithmetic on what was metered.
 
-Owns the timeline of a step and the decision; pure functions of their arguments, no torch, no GPU.
-What the blocks take is `footprint`'s to find out. All sizes are bytes.
+Owns the timeline of a step and the decision; pure functions of their arguments, nothing is
+measured here. What the blocks take is `footprint`'s to find out; which ones are streamed with a
+number of residents is `offload`'s. Blocks are numbered through. All sizes are bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from train import offload, recompute
 from train.config import MemoryConfig, OptimConfig
-
-RING = 3
-"""Slots of one block's weights that streaming keeps on the GPU, for each kind of block."""
 
 CONTEXT = 600 * 10**6
 """Assumed, not measured yet: the CUDA context, cuBLAS' and cuDNN's own memory."""
@@ -30,9 +29,6 @@ STATE = {
 """Bytes a parameter that the optimizer keeps: moments in fp32, or in 8 bits with a scale for 256 of
 them (pages count as if they stayed). At most: adafactor's rows and columns are so many at rank 1
 only, and prodigy doesn't keep a start at zero."""
-SCRATCH = dict.fromkeys(STATE, 0.0) | {"adamw": 4.0, "schedulefree": 4.0}
-"""Bytes a parameter that the optimizer's step takes for its own time: the foreach AdamWs make the
-square roots of all second moments at once."""
 WEIGHT = 4
 """Bytes of a LoRA weight, and of its gradient."""
 
@@ -92,8 +88,8 @@ class Footprint:
 class Choice:
     """Concrete values of the memory settings."""
 
-    recomputed: tuple[str, ...]
-    """Blocks whose activations are recomputed, by name, in order of execution."""
+    recomputed: frozenset[int]
+    """Numbers of the blocks whose activations are recomputed."""
     resident: int
     """Blocks whose weights stay on the GPU; the others are streamed."""
     offload: bool
@@ -135,41 +131,21 @@ def needed(allocated: int | float) -> int:
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
 
 
-def order(footprint: Footprint) -> tuple[str, ...]:
-    """Which blocks to recompute first: those that run first.
-
-    A block that is recomputed costs the same time wherever it stands, but the last blocks' backward
-    comes when everything else is still held: recomputing them there saves nothing.
-    """
-    return tuple(block.name for block in footprint.blocks)
-
-
-def streamed(footprint: Footprint, *, resident: int) -> tuple[int, int]:
-    """How many double and single blocks are streamed: double ones only after all single ones."""
-    singles = sum(block.single for block in footprint.blocks)
-    count = max(0, len(footprint.blocks) - resident)
-    return max(0, count - singles), min(count, singles)
-
-
 def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:
     """What a step takes at most, with the optimizer's state already there.
 
     ema: an average of the adapter is kept beside it.
     """
-    weights, pinned = _placed(footprint, resident=choice.resident)
+    placed = _placed(footprint, resident=choice.resident)
     adapter = footprint.parameters * WEIGHT
     gradients = adapter
-    held = weights + adapter + round(footprint.parameters * STATE[optim.name])
+    held = placed.device + adapter + round(footprint.parameters * STATE[optim.name])
     held += (gradients if footprint.accumulated else 0) + (adapter if ema else 0)
-    level, peak, where, ram = held, held, "weights", pinned
+    level, peak, where, ram = held, held, "weights", placed.host
     for name, passage in _timeline(footprint, choice):
         if level + passage.peak > peak:
             peak, where = level + passage.peak, name
         level += passage.change
-    update = held + (0 if footprint.accumulated else gradients)
-    update += round(footprint.parameters * SCRATCH[optim.name])
-    if update > peak:
-        peak, where = update, "the optimizer's step"
     if choice.offload:
         ram += starts(footprint, choice)
     return Need(peak, where, held, ram, gradients)
@@ -187,84 +163,85 @@ def decide(
 
     `auto` prefers resident weights to kept activations: first all blocks stay and as few as
     possible are recomputed; if that doesn't fit even with all of them, as few as possible are
-    streamed. Never less is recomputed or streamed with a smaller budget. Without a budget (no GPU)
+    streamed. With a smaller budget never less is recomputed or streamed. Without a budget (no GPU)
     auto means all: everything stays, everything is recomputed.
     """
     choices = list(_choices(footprint, memory))
+    blocks = len(footprint.blocks)
     if budget is None:
-        safe = next((c for c in choices if len(c.recomputed) == len(footprint.blocks)), choices[0])
-        return Decision(safe, measure(footprint, safe, optim=optim, ema=ema), fits=True)
+        choice = max(choices, key=lambda one: (one.resident, len(one.recomputed)))
+        return Decision(choice, measure(footprint, choice, optim=optim, ema=ema), fits=True)
     for choice in choices:
         need = measure(footprint, choice, optim=optim, ema=ema)
         if need.gpu <= budget:
             return Decision(choice, need, fits=True)
-    return Decision(choices[-1], measure(footprint, choices[-1], optim=optim, ema=ema), fits=False)
+    assert choices, f"{memory} allows nothing for {blocks} blocks"
+    return Decision(choice, need, fits=False)
 
 
 def _choices(footprint: Footprint, memory: MemoryConfig) -> Iterator[Choice]:
     """What the settings allow, cheapest in time first."""
     count = len(footprint.blocks)
-    sets = list(_recomputed(footprint, memory))
+    sets = list(_recomputed(count, memory))
     resident = memory.resident_blocks
-    most = min(resident, count) if isinstance(resident, int) else count
-    for names in sets:
-        yield Choice(names, most, memory.offload_activations)
+    most = resident if isinstance(resident, int) else count
+    for numbers in sets:
+        yield Choice(numbers, most, memory.offload_activations)
     if resident == "auto":
         for left in range(count - 1, -1, -1):
             yield Choice(sets[-1], left, memory.offload_activations)
 
 
-def _recomputed(footprint: Footprint, memory: MemoryConfig) -> Iterator[tuple[str, ...]]:
-    """Sets of recomputed blocks that the setting allows, smallest first."""
-    names = order(footprint)
-    match memory.gradient_checkpointing:
-        case "all":
-            yield names
-        case "none":
-            yield ()
-        case "auto":
-            yield from (names[:count] for count in range(len(names) + 1))
-        case int(every):
-            yield names[::every]
+def _recomputed(count: int, memory: MemoryConfig) -> Iterator[frozenset[int]]:
+    """Sets of recomputed blocks that the setting allows, smallest first.
+
+    auto takes those that run first. Recomputing costs the same wherever a block stands, but the
+    last blocks' backward comes while everything else is still held, and would need their
+    activations on top of it.
+    """
+    if memory.gradient_checkpointing == "auto":
+        yield from (frozenset(range(some)) for some in range(count + 1))
+    else:
+        yield recompute.chosen(count, memory.gradient_checkpointing)
 
 
-def _placed(footprint: Footprint, *, resident: int) -> tuple[int, int]:
-    """Frozen weights on the GPU, rings included, and in RAM."""
-    doubles, singles = streamed(footprint, resident=resident)
-    gpu = footprint.weights
-    ram = 0
-    for single, count in ((False, doubles), (True, singles)):
-        size = max((b.weights for b in footprint.blocks if b.single == single), default=0)
-        gpu -= count * size - min(count, RING) * size
-        ram += count * size
-    return gpu, ram
+def _placed(footprint: Footprint, *, resident: int) -> offload.Footprint:
+    """Frozen weights on the GPU, slots and what isn't in blocks included, and in RAM."""
+    double, single = ([b.weights for b in footprint.blocks if b.single == s] for s in (False, True))
+    placed = offload.footprint(double, single, resident=resident)
+    return replace(placed, device=placed.device + footprint.others)
+
+
+def streamed(footprint: Footprint, *, resident: int) -> list[Block]:
+    """The blocks whose weights wait in RAM."""
+    singles = sum(block.single for block in footprint.blocks)
+    names = offload.streamed(len(footprint.blocks) - singles, singles, resident=resident)
+    return [block for block in footprint.blocks if block.name in set(names)]
 
 
 def _timeline(footprint: Footprint, choice: Choice) -> Iterator[tuple[str, Pass]]:
     """The parts of a step, in order."""
-    names = set(choice.recomputed)
     yield "the batch", footprint.head
-    passes = [
-        (block, block.recomputed if block.name in names else block.kept)
-        for block in footprint.blocks
-    ]
-    away = [_start(block) if choice.offload and block.name in names else 0 for block, _ in passes]
+    passes = [(block, number in choice.recomputed) for number, block in enumerate(footprint.blocks)]
+    away = [_start(block) if choice.offload and again else 0 for block, again in passes]
     spare = 2 * max(away, default=0)  # one on its way out or in, one in use
-    for (block, (forward, _)), gone in zip(passes, away, strict=True):
-        yield f"forward of {block.name}", _offloaded(forward, change=-gone, spare=spare)
-    yield "the loss", _offloaded(footprint.turn, change=0, spare=spare)
-    for (block, (_, backward)), back in zip(reversed(passes), reversed(away), strict=True):
-        yield f"backward of {block.name}", _offloaded(backward, change=back, spare=spare)
+    for (block, again), gone in zip(passes, away, strict=True):
+        forward = (block.recomputed if again else block.kept)[0]
+        yield f"forward of {block.name}", _moved(forward, change=-gone, spare=spare)
+    yield "the loss", _moved(footprint.turn, change=0, spare=spare)
+    for (block, again), back in zip(reversed(passes), reversed(away), strict=True):
+        backward = (block.recomputed if again else block.kept)[1]
+        yield f"backward of {block.name}", _moved(backward, change=back, spare=spare)
 
 
-def _offloaded(passage: Pass, *, change: int, spare: int) -> Pass:
-    return replace(passage, peak=passage.peak + spare, change=passage.change + change)
+def _moved(passage: Pass, *, change: int, spare: int) -> Pass:
+    """With something put away or brought back meanwhile."""
+    return Pass(passage.peak + spare, passage.change + change)
 
 
 def starts(footprint: Footprint, choice: Choice) -> int:
     """All that the recomputed blocks start from."""
-    names = set(choice.recomputed)
-    return sum(_start(block) for block in footprint.blocks if block.name in names)
+    return sum(_start(footprint.blocks[number]) for number in choice.recomputed)
 
 
 def _start(block: Block) -> int:
@@ -272,9 +249,8 @@ def _start(block: Block) -> int:
     return max(0, block.recomputed[0].change)
 
 
-def shown(choice: Choice, *, blocks: Sequence[Block]) -> str:
+def shown(choice: Choice, *, blocks: int) -> str:
     """`43 of 56 blocks recomputed, all resident`, for messages."""
-    count = len(blocks)
-    parts = [f"{len(choice.recomputed)} of {count} blocks recomputed"]
-    parts.append("all resident" if choice.resident >= count else f"{choice.resident} resident")
+    parts = [f"{len(choice.recomputed)} of {blocks} blocks recomputed"]
+    parts.append("all resident" if choice.resident >= blocks else f"{choice.resident} resident")
     return ", ".join(parts + (["their starts in RAM"] if choice.offload else []))

@@ -34,7 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
-from train import comfyui, export, lora
+from train import comfyui, export, frozen, lora
 from train.config import LoraConfig
 from train.lora import Adapter
 
@@ -111,7 +111,8 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
             "dtype": str(file_type),
         },
         "adapter": {"modules": len(adapter.down), "rank": adapter.rank, "alpha": adapter.alpha},
-        "transformer": dataclasses.asdict(shape) | {"dtype": str(transformer.dtype)},
+        "transformer": dataclasses.asdict(shape)
+        | {"dtype": str(transformer.dtype), "quantize": frozen.kind_of(transformer)},
         "device": transformer.device.type,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "diffusers": diffusers,

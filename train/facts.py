@@ -78,7 +78,8 @@ def of(config: BaseConfig) -> Facts:
     known = ", ".join(NAMED_BASES)
     raise ConfigError(
         f"base.model: there is no folder {source}, and of repositories that aren't on this machine "
-        f"a plan knows those of {known}. Fetch its config files first, or plan with one of these."
+        f"a plan knows those of {known}. Plan with one of these, or with a "
+        "folder."
     )
 
 
@@ -119,28 +120,26 @@ def _local(config: BaseConfig, folder: Path, *, source: str) -> Facts:
         licence=LICENCES.get(config.model),
         transformer=_arguments(folder / "transformer"),
         vae=_arguments(folder / "vae"),
-        text=_text_encoder(text, stored=_size(folder / "text_encoder")),
+        text=_text_encoder(text),
         klein="Klein" in _read(folder, name="model_index.json").get("_class_name", ""),
         parts=tuple(_own_file(config, parts)),
     )
 
 
-def _text_encoder(config: Mapping[str, Any], *, stored: int) -> TextEncoder:
+def _text_encoder(config: Mapping[str, Any]) -> TextEncoder:
     kind, heads = config["model_type"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
-    encoder = TextEncoder(
+    return TextEncoder(
         layers=layers,
         used=min(layers, USED_LAYERS.get(kind, layers)),
         width=config["hidden_size"],
         inner=config["intermediate_size"],
         heads=heads,
-        groups=config["num_key_value_heads"] or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        groups=config["num_key_value_heads"],
+        head_width=config["head_dim"],
         vocabulary=config["vocab_size"],
         head_norms=kind == "qwen3",
     )
-    del stored
-    return encoder
 
 
 def _own_file(config: BaseConfig, parts: list[Part]) -> list[Part]:

@@ -1,27 +1,26 @@
 """What a training step takes of memory, block by block: the real training code on the meta device.
 
 Owns building the model without weights, running one step of `objective` under the meter, and
-cutting it into blocks. Whether it fits is `budget`'s to say. Kinds of kernels: attention counts as
-flash attention, RMS norm as the fused one; a compiled block counts as an eager one, which it
-doesn't exceed as far as we know (not measured yet).
+cutting it into blocks. Whether it fits is `budget`'s to say. Attention counts as flash attention,
+RMS norm as the fused kernel; what `frozen` unpacks inside its operators counts, too. A compiled
+block counts as an eager one, which it doesn't exceed as far as we know (not measured yet).
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from data_tools.buckets import Geometry
-from train import lora, objective
+from train import frozen, lora, objective, offload, recompute, speed
 from train.base import MAX_TEXT_TOKENS
 from train.batch import Batch
 from train.budget import Block, Footprint, Pass
 from train.config import LoraConfig
+from train.frozen import FrozenLinear
 from train.meter import Meter, Span, gpu_kernels
 
 STACK = 3
@@ -42,6 +41,9 @@ class Step:
     accumulated: bool = False
     dtype: torch.dtype = torch.bfloat16
     quantize: str = "none"
+    fp8_matmul: bool = False
+    attention: str = "native"
+    """Of speed.BACKENDS; other kernels than SDPA's choice may copy their inputs."""
     text_tokens: int = MAX_TEXT_TOKENS
 
 
@@ -54,7 +56,7 @@ def meter_step(config: Mapping[str, Any], adapter: LoraConfig, step: Step) -> Fo
     sampled = adapter.targets in SAMPLED
     stack = (min(doubles, STACK), min(singles, STACK)) if sampled else (doubles, singles)
     small = {**config, "num_layers": stack[0], "num_single_layers": stack[1]}
-    kept, recomputed = (_run(small, adapter, step, recompute=flag) for flag in (False, True))
+    kept, recomputed = (_run(small, adapter, step, again=flag) for flag in (False, True))
     blocks = [
         Block(name, kept.weights[name], kept.passes[name], recomputed.passes[name])
         for name in kept.weights
@@ -81,7 +83,7 @@ def meter_forward(config: Mapping[str, Any], adapter: LoraConfig, step: Step) ->
     small = {**config, "num_layers": min(1, config["num_layers"])}
     small["num_single_layers"] = min(2, config["num_single_layers"])
     model = _build(small, replace_targets(adapter), step)
-    with torch.no_grad(), gpu_kernels(), Meter() as meter:
+    with torch.no_grad(), gpu_kernels(), visible_products(), Meter() as meter:
         meter.add([*model.parameters(), *model.buffers()])
         held = meter.live
         batch = _batch(config, step)
@@ -106,16 +108,20 @@ class _Metered:
     turn: Pass
 
 
-def _run(
-    config: Mapping[str, Any], adapter: LoraConfig, step: Step, *, recompute: bool
-) -> _Metered:
+def _run(config: Mapping[str, Any], adapter: LoraConfig, step: Step, *, again: bool) -> _Metered:
     """One forward and backward of a model on the meta device."""
     model = _build(config, adapter, step)
-    if recompute:
-        model.enable_gradient_checkpointing(gradient_checkpointing_func=_checkpointed)
-    model.train()
     blocks = named_blocks(model)
-    with gpu_kernels(), Meter() as meter, _marked(model, blocks, meter) as forward:
+    if again:
+        meta = torch.device("meta")
+        recompute.enable(model, range(len(blocks)), offload_activations=False, device=meta)
+    model.train()
+    with (
+        gpu_kernels(),
+        visible_products(),
+        Meter() as meter,
+        _marked(model, blocks, meter) as forward,
+    ):
         meter.add([*model.parameters(), *model.buffers()])
         if step.accumulated:
             for parameter in lora.trainable(model):
@@ -130,7 +136,7 @@ def _run(
     spans = {span.name: span for span in meter.spans}
     return _Metered(
         passes={name: (_pass(spans, name), _pass(spans, f"grad {name}")) for name in blocks},
-        weights={name: _frozen(block) for name, block in blocks.items()},
+        weights={name: offload.packed_bytes(block) for name, block in blocks.items()},
         parameters={
             name: sum(p.numel() for p in block.parameters() if p.requires_grad)
             for name, block in blocks.items()
@@ -191,70 +197,54 @@ def named_blocks(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def _checkpointed(block: nn.Module, *args: Any) -> Any:
-    return checkpoint(block.__call__, *args, use_reentrant=False)
-
-
 def _build(config: Mapping[str, Any], adapter: LoraConfig, step: Step) -> Any:
     """The transformer with its adapter, without numbers."""
     from diffusers import Flux2Transformer2DModel
 
     with torch.device("meta"):
         model = Flux2Transformer2DModel(**config)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(step.dtype)
+        nn.Module.to(model, step.dtype)
         if step.quantize != "none":
             for name in lora.block_linears(model):
-                parent, _, child = name.rpartition(".")
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                model.get_submodule(parent).add_module(
-                    child, _Quantized(linear, kind=step.quantize, dtype=step.dtype)
-                )
+                model.set_submodule(name, FrozenLinear.like(linear, step.quantize))
         lora.attach(model, adapter, seed=0)
+    if step.fp8_matmul:
+        frozen.use_fp8_matmul(model, torch.device("cpu"))
+    speed.set_attention(model, step.attention, undo=contextlib.ExitStack())
     return model
 
 
-def quantized_bytes(kind: str, *, rows: int, columns: int, size: int) -> tuple[int, int]:
-    """A quantised matrix: bytes of its codes and of its scales. size: bytes a weight without."""
-    match kind:
-        case "none":
-            return rows * columns * size, 0
-        case "nf4":
-            return math.ceil(rows * columns / 2), 4 * math.ceil(rows * columns / 64)
-        case _:
-            assert kind in ("fp8", "int8"), kind
-            return rows * columns, 4 * rows
+@contextlib.contextmanager
+def visible_products() -> Iterator[None]:
+    """Lets products of quantised weights show what they hold inside their operator."""
+    before = frozen.matmul, frozen.scaled_matmul
+    frozen.matmul, frozen.scaled_matmul = _matmul, _scaled_matmul
+    try:
+        yield
+    finally:
+        frozen.matmul, frozen.scaled_matmul = before
 
 
-class _Quantized(nn.Linear):
-    """Stands for a frozen Linear in 8 or 4 bits: its size, and a whole matrix when it is used."""
-
-    def __init__(self, linear: nn.Linear, *, kind: str, dtype: torch.dtype) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        rows, columns = linear.weight.shape
-        codes, scales = quantized_bytes(kind, rows=rows, columns=columns, size=0)
-        self.weight = nn.Parameter(torch.empty(codes, dtype=torch.uint8), requires_grad=False)
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
-        self._dtype = dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        return _Restored.apply(input, shape, self._dtype)  # pyright: ignore[reportReturnType]
+def _matmul(
+    x: Tensor, state: Sequence[Tensor], kind: str, shape: Sequence[int], transposed: bool
+) -> Tensor:
+    """As `frozen.matmul`: a whole matrix in x's type, and nf4's maxima in fp32 to make it."""
+    maxima = torch.empty_like(state[1], dtype=torch.float32) if kind == "nf4" else None
+    weight = x.new_empty(tuple(shape))
+    del maxima
+    return torch.matmul(x, weight) if transposed else nn.functional.linear(x, weight)
 
 
-class _Restored(torch.autograd.Function):
-    """A matrix product whose matrix is there for as long as it takes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.dtype = shape, dtype
-        return nn.functional.linear(input, input.new_empty(shape, dtype=dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        matrix = gradients[0].new_empty(ctx.shape, dtype=ctx.dtype)
-        return gradients[0] @ matrix, None, None
+def _scaled_matmul(
+    rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, back: bool
+) -> Tensor:
+    """As `frozen.scaled_matmul`: the matrix turned, backward only."""
+    turned = weight.t().contiguous() if back else weight
+    made = rows.new_empty(rows.shape[0], scale.shape[0], dtype=dtype)
+    del turned
+    return made
 
 
 def _frozen(module: nn.Module) -> int:

@@ -4,16 +4,18 @@ Owns the comparison and the search; `phases` has the figures. The words are `pla
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from train import budget, footprint, phases
+from data_tools.buckets import Geometry
+from train import budget, phases
 from train.budget import Decision, Footprint
 from train.config import Config
 from train.facts import Facts
 from train.machine import Gpu
-from train.phases import Phase, Pictures
+from train.phases import Case, Meters, Phase, Pictures
+from train.schema import PIXEL_MULTIPLE
 
 GB = 1e9
 
@@ -55,27 +57,12 @@ class Remedy:
     forecast: Forecast
 
 
-class Meters:
-    """Footprints by what they depend on: the search asks for the same ones again and again."""
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-        self._known: dict[tuple, Footprint] = {}
-
-    def of(self, config: Config, pictures: Pictures) -> Footprint:
-        """Of a config's training step."""
-        step = phases.step_of(config, pictures)
-        name = (config.lora, step)
-        if name not in self._known:
-            self._known[name] = footprint.meter_step(self._facts.transformer, config.lora, step)
-        return self._known[name]
-
-
 def forecast(
     config: Config, facts: Facts, pictures: Pictures, *, room: Room, meters: Meters
 ) -> Forecast:
     """Every phase of a config, and what doesn't fit. Raises ConfigError for bad targets."""
-    metered = meters.of(config, pictures)
+    step = phases.step_of(config, pictures.target, pictures.references)
+    metered = meters.step(config.lora, step)
     limit = limit_of(config, room.gpu)
     decision = budget.decide(
         metered,
@@ -84,9 +71,8 @@ def forecast(
         ema=config.train.ema is not None,
         budget=None if limit is None else budget.allowed(limit),
     )
-    listed = tuple(
-        phases.phases(config, facts, pictures, metered=metered, decision=decision, gpu=room.gpu)
-    )
+    case = Case(config, facts, pictures, room.gpu, meters, metered, decision)
+    listed = tuple(phases.phases(case))
     lacking = tuple(_lacking(listed, facts, limit=limit, room=room))
     return Forecast(config, pictures, metered, decision, listed, limit, lacking)
 
@@ -137,54 +123,68 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
+OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "memory.gradient_checkpointing": ("all",),
+    "base.quantize": ("fp8", "nf4"),
+    "memory.resident_blocks": ("auto",),
+    "memory.offload_activations": (True,),
+    "encode.text_quantize": ("int8", "nf4"),
+    "preview.width": (512,),
+}
+"""What the search may set, by what it costs: of as many changes the first to come is preferred."""
+
+SMALLER = (768, 512)
+"""Resolutions to fall back to."""
+
+
 def _candidates(config: Config) -> Iterator[dict[str, Any]]:
     """Sets of changes, the least first."""
-    now = config.model_dump()
-    options: dict[str, list[Any]] = {
-        "memory.gradient_checkpointing": ["all"],
-        "base.quantize": ["fp8", "nf4"],
-        "memory.resident_blocks": ["auto"],
-        "memory.offload_activations": [True],
-        "encode.text_quantize": ["int8", "nf4"],
-        "preview.width": [512],
-    }
-    if not config.preview.prompts:
-        del options["preview.width"]
-    smaller = [side for side in (768, 512) if side < max(config.data.resolutions)]
-    rows = []
-    for sides in (None, *smaller):
-        for values in product(*([None, *some] for some in options.values())):
+    smaller = [side for side in SMALLER if side < max(config.data.resolutions)]
+    for side in (None, *smaller):
+        rows = []
+        for picks in product(*(range(len(values) + 1) for values in OPTIONS.values())):
             changes = {
-                name: value
-                for name, value in zip(options, values, strict=True)
-                if value is not None
+                name: values[pick - 1]
+                for pick, (name, values) in zip(picks, OPTIONS.items(), strict=True)
+                if pick
             }
-            if any(now[n.split(".")[0]][n.split(".")[1]] == v for n, v in changes.items()):
-                continue
-            if changes.get("base.quantize") == "fp8" and config.base.quantize != "none":
-                continue
+            if _sensible(config, changes):
+                rows.append((len(changes), tuple(reversed(picks)), changes))
+        for _, _, changes in sorted(rows, key=lambda row: row[:2]):
             if "preview.width" in changes:
-                changes["preview.height"] = 512
-            if sides is not None:
-                changes["data.resolution"] = sides
-            rank = tuple(
-                0 if value is None else 1 + some.index(value)
-                for some, value in zip(options.values(), values, strict=True)
-            )
-            rows.append(((sides or 10**6), len(changes), tuple(reversed(rank)), changes))
-    rows.sort(key=lambda row: (-row[0], row[1], row[2]))
-    yield from (row[3] for row in rows if row[3])
+                changes["preview.height"] = changes["preview.width"]
+            if side is not None:
+                changes["data.resolution"] = side
+            if changes:
+                yield changes
+
+
+def _sensible(config: Config, changes: Mapping[str, Any]) -> bool:
+    """Whether all of it is a change, and one for less memory."""
+    if "preview.width" in changes and not config.preview.prompts:
+        return False
+    if changes.get("base.quantize") == "fp8" and config.base.quantize != "none":
+        return False
+    if changes.get("encode.text_quantize") == "int8" and config.encode.text_quantize != "none":
+        return False
+    if changes.get("memory.offload_activations") and config.memory.gradient_checkpointing == "none":
+        return "memory.gradient_checkpointing" in changes
+    return all(_value(config, name) != value for name, value in changes.items())
+
+
+def _value(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return config.model_dump()[section][key]
 
 
 def _resized(found: Forecast, config: Config) -> Pictures:
     """The same pictures at another resolution, by area."""
-    from dataclasses import replace
-
-    from data_tools.buckets import Geometry
-
     before, after = max(found.config.data.resolutions), max(config.data.resolutions)
     if before == after:
         return found.pictures
-    old, step = found.pictures.target, 16
-    sides = (max(step, side * after // before // step * step) for side in (old.width, old.height))
+    old = found.pictures.target
+    sides = (
+        max(PIXEL_MULTIPLE, side * after // before // PIXEL_MULTIPLE * PIXEL_MULTIPLE)
+        for side in (old.width, old.height)
+    )
     return replace(found.pictures, target=Geometry(*sides))

@@ -222,6 +222,11 @@ def use_fp8_matmul(model: nn.Module, device: torch.device) -> None:
             module.fp8_matmul = True
 
 
+def kind_of(model: nn.Module) -> str:
+    """How a transformer's block Linears are kept: a kind, or none."""
+    return next((m.kind for m in model.modules() if isinstance(m, FrozenLinear)), "none")
+
+
 def _unpack(state: Any, kind: str, shape: Any, dtype: torch.dtype) -> Tensor:
     if kind == "nf4":
         return _unpack_nf4(*state, shape=shape, dtype=dtype)

@@ -5,10 +5,10 @@ Owns the table of cards and what it was taken from. Asks CUDA and measures nothi
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+
+import torch
 
 GIB = 2**30
-Source = Literal["measured", "published", "assumed"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,6 @@ memory. Link: one direction of PCIe 4.0 or 5.0 x16."""
 
 def at_hand() -> Gpu | None:
     """This machine's GPU, its matrix products timed for about a second; None without one."""
-    import torch
-
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
@@ -73,25 +71,21 @@ def at_hand() -> Gpu | None:
     return Gpu(name, total, free, rate, near.bandwidth, near.link, here=True)
 
 
-def _timed_products(device: "torch.device", *, side: int = 4096, seconds: float = 0.5) -> float:  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
+def _timed_products(device: torch.device, *, side: int = 4096, seconds: float = 0.5) -> float:
     """Operations a second of bf16 products of two square matrices."""
-    import torch
-
     left, right = (torch.ones(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
-        left @ right
+        torch.mm(left, right)
     _wait(device)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
         for _ in range(20):
-            left @ right
+            torch.mm(left, right)
         _wait(device)
         count += 20
     return 2 * side**3 * count / (time.perf_counter() - begin)
 
 
-def _wait(device: "torch.device") -> None:  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
-    import torch
-
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

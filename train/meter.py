@@ -118,7 +118,21 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    return _FusedNorm.apply(input, weight)  # pyright: ignore[reportReturnType]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps the input and a number a row, as CUDA's fused kernel does. The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is None or not weight.requires_grad
+        ctx.save_for_backward(input, input.new_empty(input.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(gradients[0]), None
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -5,8 +5,8 @@ by `budget`; what the base is, `facts` says. Each figure is computed from shapes
 here says that it is assumed. Bytes and seconds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from data_tools.buckets import Geometry
 from train import budget, footprint
 from train.base import DTYPES, MAX_TEXT_TOKENS
 from train.budget import Choice, Decision, Footprint
-from train.config import Config
+from train.config import Config, LoraConfig
 from train.facts import Facts
+from train.footprint import Step
 from train.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
 from train.meter import Meter, gpu_kernels
+from train.texts import SCALED
+from train.validate import DRIFT_STEPS
 
 PROCESS = 4 * 10**9
-"""Assumed, not measured yet: RAM of a process with torch, diffusers and batches read ahead."""
+"""Assumed, not measured yet: RAM of the process, with torch, diffusers and batches read ahead."""
 LOADING = 8 * 10**9
 """RAM beyond what stays there while weights are read, at most: the loader's own limit."""
 DISK_RATE = 1e9
@@ -32,6 +35,10 @@ CAPTION_TOKENS = 120
 """Assumed where pads are stored once: tokens of a caption, its template included."""
 FLOAT32_SHARE = 1 / 8
 """Assumed: rate of the VAE's fp32 convolutions against that of bf16 matrix products."""
+TEXT_BYTES = {"int8": 1 + 4 / 4096, "nf4": 0.5 + 4 / 64}
+"""Bytes a weight of bitsandbytes' Linears: a scale a row, or a maximum for 64."""
+PNG_BYTES = 1.5
+"""Assumed: bytes of a pixel of a preview."""
 EXPORT_SECONDS = 60.0
 """Assumed: two loads of the adapter and the certificate's comparisons."""
 
@@ -64,170 +71,234 @@ class Phase:
     note: str = ""
 
 
-def step_of(config: Config, pictures: Pictures) -> footprint.Step:
-    """What is metered for a config."""
-    return footprint.Step(
-        target=pictures.target,
-        references=pictures.references,
+class Meters:
+    """What was metered, by what it depends on: a search asks for the same again and again."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._steps: dict[tuple, Footprint] = {}
+        self._forwards: dict[tuple, int] = {}
+        self._vaes: dict[tuple, tuple[int, int, float]] = {}
+
+    def step(self, adapter: LoraConfig, step: Step) -> Footprint:
+        """Of a training step."""
+        name = (adapter, step)
+        if name not in self._steps:
+            self._steps[name] = footprint.meter_step(self._facts.transformer, adapter, step)
+        return self._steps[name]
+
+    def forward(self, adapter: LoraConfig, step: Step) -> int:
+        """Of a pass without gradients, above what is held."""
+        name = (adapter, step)
+        if name not in self._forwards:
+            shape = self._facts.transformer
+            self._forwards[name] = footprint.meter_forward(shape, adapter, step)
+        return self._forwards[name]
+
+    def vae(self, size: Geometry, dtype: torch.dtype, *, decode: bool) -> tuple[int, int, float]:
+        """Weights, bytes above them and operations of encoding or decoding one picture."""
+        name = (size, dtype, decode)
+        if name not in self._vaes:
+            self._vaes[name] = _vae(self._facts, size, dtype=dtype, decode=decode)
+        return self._vaes[name]
+
+
+def step_of(config: Config, target: Geometry, references: tuple[Geometry, ...]) -> Step:
+    """What is metered for a config, its largest example being this one."""
+    return Step(
+        target=target,
+        references=references,
         batch_size=config.train.batch_size,
         accumulated=config.train.accumulate > 1,
         dtype=DTYPES[config.base.dtype],
         quantize=config.base.quantize,
+        fp8_matmul=config.speed.fp8_matmul,
+        attention="native" if config.speed.attention == "auto" else config.speed.attention,
     )
 
 
-def phases(
-    config: Config,
-    facts: Facts,
-    pictures: Pictures,
-    *,
-    metered: Footprint,
-    decision: Decision,
-    gpu: Gpu | None,
-) -> list[Phase]:
+@dataclass(frozen=True)
+class Case:
+    """All that the phases of one config depend on."""
+
+    config: Config
+    facts: Facts
+    pictures: Pictures
+    gpu: Gpu | None
+    meters: Meters
+    metered: Footprint
+    decision: Decision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base."""
+        return DTYPES[self.config.base.dtype]
+
+    @property
+    def step(self) -> Step:
+        """Of the largest example."""
+        return step_of(self.config, self.pictures.target, self.pictures.references)
+
+    @property
+    def between(self) -> int:
+        """Held between steps: the last one's gradients are still there."""
+        accumulated = self.config.train.accumulate > 1  # then they are held all along
+        need = self.decision.need
+        return need.held + (0 if accumulated else need.gradients)
+
+
+def phases(case: Case) -> list[Phase]:
     """All phases, in order."""
+    need = case.decision.need
     return [
         Phase("read the pictures", 0, PROCESS, 0, None),
-        _encode_pictures(config, facts, pictures, gpu=gpu),
-        _encode_captions(config, facts, pictures, gpu=gpu),
-        _load(config, facts, metered, decision),
-        _train(config, facts, pictures, metered=metered, decision=decision, gpu=gpu),
-        *_preview(config, facts, pictures, decision=decision, gpu=gpu),
+        _encode_pictures(case),
+        _encode_captions(case),
+        _load(case),
+        _train(case),
+        *_validation(case),
+        *_previews(case),
         Phase(
-            "export, certificate",
-            decision.need.held,
-            PROCESS,
-            2 * metered.parameters,
-            EXPORT_SECONDS,
+            "export, certificate", need.held, PROCESS, 2 * case.metered.parameters, EXPORT_SECONDS
         ),
     ]
 
 
-def _encode_pictures(config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None) -> Phase:
+def _encode_pictures(case: Case) -> Phase:
+    pictures = case.pictures
     largest = max((pictures.target, *pictures.references), key=lambda size: size.tokens)
-    weights, taken, work = _vae(facts, largest, dtype=torch.float32, decode=False)
-    channels = facts.transformer["in_channels"]
-    seconds = gpu and pictures.encoded * work / (_rate(gpu) * FLOAT32_SHARE)
+    weights, taken, work = case.meters.vae(largest, torch.float32, decode=False)
+    channels = case.facts.transformer["in_channels"]
+    seconds = case.gpu and pictures.encoded * work / (_rate(case.gpu) * FLOAT32_SHARE)
     disk = pictures.encoded * largest.tokens * channels * 4
     return Phase("encode pictures", weights + taken, PROCESS, disk, seconds, f"at {largest}")
 
 
-def _encode_captions(config: Config, facts: Facts, pictures: Pictures, *, gpu: Gpu | None) -> Phase:
-    text, kind = facts.text, config.encode.text_quantize
-    size = DTYPES[config.base.dtype].itemsize
-    codes, scales = footprint.quantized_bytes(
-        kind, rows=text.linears // text.width, columns=text.width, size=size
-    )
-    embedding = text.parameters(0) * size
+def _encode_captions(case: Case) -> Phase:
+    text, kind, size = case.facts.text, case.config.encode.text_quantize, case.dtype.itemsize
+    matrices = int(text.linears * TEXT_BYTES.get(kind, size))
     states = (text.used + 1) * MAX_TEXT_TOKENS * text.width * size
     layer = MAX_TEXT_TOKENS * (3 * text.inner + 6 * text.width) * size
     matrix = 0 if kind == "none" else text.width * text.inner * size
-    gpu_bytes = embedding + text.used * (codes + scales) + states + layer + matrix
-    row = facts.transformer["joint_attention_dim"] * size
-    row = row / 2 * (1 + 4 / 128) if config.encode.text_storage == "8bit" else row
-    captions = pictures.captions + 1 + len(config.preview.prompts)
-    rows = captions * (MAX_TEXT_TOKENS if facts.klein else CAPTION_TOKENS)
-    rows += 0 if facts.klein else MAX_TEXT_TOKENS
-    work = 2 * text.used * text.linears * MAX_TEXT_TOKENS * captions
-    read = _size_of(facts, "text_encoder") / DISK_RATE
-    seconds = gpu and read + work / _rate(gpu)
-    note = f"{text.used} of {text.layers} layers, {'bf16' if kind == 'none' else kind}"
-    return Phase("encode captions", gpu_bytes, PROCESS + LOADING, int(rows * row), seconds, note)
+    gpu_bytes = text.parameters(0) * size + text.used * matrices + states + layer + matrix
+    work = 2 * text.used * text.linears * MAX_TEXT_TOKENS * _prompts(case)
+    read = _size_of(case.facts, "text_encoder") / DISK_RATE
+    seconds = case.gpu and read + work / _rate(case.gpu)
+    form = case.config.base.dtype if kind == "none" else kind
+    note = f"{text.used} of {text.layers} layers, {form}"
+    return Phase("encode captions", gpu_bytes, PROCESS + LOADING, _text_cache(case), seconds, note)
 
 
-def _load(config: Config, facts: Facts, metered: Footprint, decision: Decision) -> Phase:
-    quantized = config.base.quantize != "none"
-    read = _size_of(facts, "transformer")
-    copy = metered.weights if quantized else 0
-    gpu_bytes = decision.need.held
-    ram = PROCESS + LOADING + decision.need.ram
+def _prompts(case: Case) -> int:
+    """Captions, prompts of previews and checks, and the empty one."""
+    config = case.config
+    watched = config.validation.neutral_prompts if config.validation.pictures != "off" else ()
+    return case.pictures.captions + 1 + len({*config.preview.prompts, *watched})
+
+
+def _text_cache(case: Case) -> int:
+    """Embeddings on disk. Pads that all prompts share are there once; klein's aren't shared."""
+    row = case.facts.transformer["joint_attention_dim"] * case.dtype.itemsize
+    if case.config.encode.text_storage == "8bit":
+        row = row / case.dtype.itemsize * (1 + 4 / SCALED)
+    klein = case.facts.klein
+    rows = _prompts(case) * (MAX_TEXT_TOKENS if klein else CAPTION_TOKENS)
+    return int((rows + (0 if klein else MAX_TEXT_TOKENS)) * row)
+
+
+def _load(case: Case) -> Phase:
+    quantized = case.config.base.quantize != "none"
+    copy = case.metered.weights if quantized else 0
+    ram = PROCESS + LOADING + case.decision.need.ram
+    read = _size_of(case.facts, "transformer") / DISK_RATE
     note = "the quantised copy stays on disk" if quantized else ""
-    return Phase("load the transformer", gpu_bytes, ram, copy, read / DISK_RATE, note)
+    return Phase("load the transformer", case.decision.need.held, ram, copy, read, note)
 
 
-def _train(
-    config: Config,
-    facts: Facts,
-    pictures: Pictures,
-    *,
-    metered: Footprint,
-    decision: Decision,
-    gpu: Gpu | None,
-) -> Phase:
-    one = gpu and step_seconds(facts, step_of(config, pictures), metered, decision.choice, gpu=gpu)
-    seconds = one and one * config.train.accumulate * config.train.steps
-    averages = config.train.ema is not None or config.optim.name == "schedulefree"
-    parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own
-    state = metered.parameters * (parts * budget.WEIGHT + budget.STATE[config.optim.name])
-    due = config.train.steps // config.train.checkpoint_every + 1
-    disk = int(state * min(due, config.train.keep_checkpoints + 1))
-    return Phase(
-        f"train {config.train.steps} steps",
-        decision.need.gpu,
-        PROCESS + decision.need.ram,
-        disk,
-        seconds,
-        f"most in {decision.need.where}",
+def _train(case: Case) -> Phase:
+    config, train, need = case.config, case.config.train, case.decision.need
+    one = case.gpu and step_seconds(
+        case.facts.transformer, case.step, case.metered, case.decision.choice, gpu=case.gpu
     )
+    seconds = one and one * train.accumulate * train.steps
+    averages = train.ema is not None or config.optim.name == "schedulefree"
+    parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own
+    state = case.metered.parameters * (parts * budget.WEIGHT + budget.STATE[config.optim.name])
+    due = train.steps // train.checkpoint_every + 1
+    disk = int(state * min(due, train.keep_checkpoints + 1))
+    note = f"most in {need.where}"
+    return Phase(f"train {train.steps} steps", need.gpu, PROCESS + need.ram, disk, seconds, note)
 
 
-def _preview(
-    config: Config, facts: Facts, pictures: Pictures, *, decision: Decision, gpu: Gpu | None
-) -> list[Phase]:
-    preview = config.preview
+def _validation(case: Case) -> list[Phase]:
+    settings, train = case.config.validation, case.config.train
+    if settings.pictures == "off":
+        return []
+    passes = settings.max_pictures * settings.sigmas
+    passes += len(settings.neutral_prompts) * DRIFT_STEPS
+    rounds = train.steps // (settings.every or train.checkpoint_every) + 2
+    single = replace(case.step, batch_size=1)
+    work = sum(forward_work(case.facts.transformer, single)) * passes * rounds
+    taken = case.between + case.meters.forward(case.config.lora, case.step)
+    seconds = case.gpu and work / _rate(case.gpu)
+    note = f"{rounds} checks of up to {passes} passes"
+    return [Phase("validation", taken, PROCESS + case.decision.need.ram, 0, seconds, note)]
+
+
+def _previews(case: Case) -> list[Phase]:
+    preview = case.config.preview
     if not preview.prompts:
         return []
-    side = max(config.data.resolutions)
+    side = max(case.config.data.resolutions)
     size = Geometry(preview.width or side, preview.height or side)
-    dtype = DTYPES[config.base.dtype]
-    vae, decoding, work = _vae(facts, size, dtype=dtype, decode=True)
-    step = footprint.Step(target=size, dtype=dtype, quantize=config.base.quantize)
-    passing = footprint.meter_forward(facts.transformer, config.lora, step)
-    # the last step's gradients are still there, among what is held if batches are accumulated
-    held = decision.need.held + (0 if config.train.accumulate > 1 else decision.need.gradients)
-    times = preview.steps * (2 if facts.klein and preview.guidance > 1 else 1)
-    forward = sum(forward_work(facts, step))
-    rounds = config.train.steps // preview.every + 2
-    count = rounds * len(preview.prompts)
-    seconds = gpu and count * (times * forward + work) / _rate(gpu)
-    taken = held + vae + max(passing, decoding)
-    disk = int(count * size.width * size.height * 1.5)
-    note = f"{count} pictures of {size}"
-    return [Phase("previews", taken, PROCESS + decision.need.ram, disk, seconds, note)]
+    vae, decoding, work = case.meters.vae(size, case.dtype, decode=True)
+    step = replace(case.step, target=size, references=(), batch_size=1)
+    passing = case.meters.forward(case.config.lora, step)
+    times = preview.steps * (2 if case.facts.klein and preview.guidance > 1 else 1)
+    count = (case.config.train.steps // preview.every + 2) * len(preview.prompts)
+    work = count * (times * sum(forward_work(case.facts.transformer, step)) + work)
+    return [
+        Phase(
+            "previews",
+            case.between + vae + max(passing, decoding),
+            PROCESS + case.decision.need.ram,
+            int(count * size.width * size.height * PNG_BYTES),
+            case.gpu and work / _rate(case.gpu),
+            f"{count} pictures of {size}",
+        )
+    ]
 
 
 def step_seconds(
-    facts: Facts, step: footprint.Step, metered: Footprint, choice: Choice, *, gpu: Gpu
+    config: Mapping[str, Any], step: Step, metered: Footprint, choice: Choice, *, gpu: Gpu
 ) -> float:
-    """One batch, forward and backward, by its operations.
+    """One batch, forward and backward, by its operations. config: see `forward_work`.
 
     Frozen weights take two passes (forward, and the gradient of the input), attention three and a
     half, and each recomputed block another forward. Restoring quantised weights moves them through
     the GPU's memory each time. Streaming runs beside it, and counts where it takes longer.
     """
-    matrices, attention = forward_work(facts, step)
+    matrices, attention = forward_work(config, step)
     again = len(choice.recomputed) / max(1, len(metered.blocks))
     work = matrices * (2 + again) + attention * (3.5 + again)
     seconds = work / _rate(gpu)
     if step.quantize != "none":
         in_blocks = metered.weights - metered.others
-        plain = _block_parameters(facts) * step.dtype.itemsize
+        plain = _block_parameters(config) * step.dtype.itemsize
         seconds += (2 + again) * (in_blocks + 2 * plain) / gpu.bandwidth
-    doubles, singles = budget.streamed(metered, resident=choice.resident)
-    sizes = {block.single: block.weights for block in metered.blocks}
-    moved = 2 * (doubles * sizes.get(False, 0) + singles * sizes.get(True, 0))
+    away = budget.streamed(metered, resident=choice.resident)
+    moved = 2 * sum(block.weights for block in away)
     if choice.offload:
-        moved += budget.starts(metered, choice)
+        moved += 2 * budget.starts(metered, choice)
     return max(seconds, moved / (gpu.link * LINK_SHARE))
 
 
-def forward_work(facts: Facts, step: footprint.Step) -> tuple[float, float]:
+def forward_work(config: Mapping[str, Any], step: Step) -> tuple[float, float]:
     """Operations of a forward pass: matrix products of the frozen weights, attention.
 
-    A double block has 13 D² weights for pictures' tokens and as many for the text's, a single one
-    13 D² for all; attention is 4 S² D a block.
+    config: the arguments of Flux2Transformer2DModel. A double block has 13 D² weights for pictures'
+    tokens and as many for the text's, a single one 13 D² for all; attention is 4 S² D a block.
     """
-    config = facts.transformer
     width = config["attention_head_dim"] * config["num_attention_heads"]
     tokens = step.target.tokens + sum(size.tokens for size in step.references) + step.text_tokens
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -235,8 +306,7 @@ def forward_work(facts: Facts, step: footprint.Step) -> tuple[float, float]:
     return matrices * step.batch_size, 4.0 * tokens**2 * width * blocks * step.batch_size
 
 
-def _block_parameters(facts: Facts) -> int:
-    config = facts.transformer
+def _block_parameters(config: Mapping[str, Any]) -> int:
     width = config["attention_head_dim"] * config["num_attention_heads"]
     return (26 * config["num_layers"] + 13 * config["num_single_layers"]) * width**2
 
@@ -268,7 +338,7 @@ def _vae(
         else:
             shape = (1, 3, size.height, size.width)
         given = torch.empty(shape, dtype=dtype)
-    run: Callable[[Any], Any] = vae.decode if decode else vae.encode
+    run: Callable[[Any], Any] = vae.decode if decode else vae.encode  # pyright: ignore
     with torch.no_grad(), gpu_kernels(), FlopCounterMode(display=False) as flops, Meter() as meter:
         meter.add([*vae.parameters(), *vae.buffers()])
         weights = meter.live

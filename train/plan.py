@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 GB = 1e9
 SIZES = (12, 16, 24, 32, 48, 80, 141)
 """Cards that `--gpu` knows, by the GB that they are sold as."""
+SAME = 0.1
+"""A difference in time that the estimate can't tell from none."""
 PICTURES = 20
 """Assumed where the data folder isn't there."""
 
@@ -34,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train import config_load
 
     config = config_load.load(options.config, options.overrides)
-    from train import facts, forecast, machine
+    from train import facts, forecast, machine, phases
 
     base = facts.of(config.base)
     gpu = machine.CARDS[options.gpu] if options.gpu else machine.at_hand()
     room = _room(config, gpu, elsewhere=options.gpu is not None)
-    meters = forecast.Meters(base)
+    meters = phases.Meters(base)
     found = forecast.forecast(config, base, _pictures(config), room=room, meters=meters)
     remedy = None if found.fits else forecast.remedy(found, base, room=room, meters=meters)
     print(text(found, base, room=room, remedy=remedy, path=options.config))
@@ -88,7 +90,6 @@ def _pictures(config: "Config") -> "Pictures":
     from data_tools.buckets import Geometry, reference_geometry
     from train.phases import Pictures
 
-    side = max(max(data.resolutions) for data in config.sets)
     examples: list[tuple[Geometry, tuple[Geometry, ...]]] = []
     encoded, captions, found = 0, 0, True
     for data in config.sets:
@@ -107,7 +108,6 @@ def _pictures(config: "Config") -> "Pictures":
             examples.append((placement.geometry, references))
             encoded += (1 + len(references)) * (2 if data.flip else 1)
         captions += len({row.caption for row in rows})
-    assert side
     target, references = max(
         examples, key=lambda one: one[0].tokens + sum(size.tokens for size in one[1])
     )
@@ -187,14 +187,16 @@ def _step(found: "Forecast") -> str:
 
     need, choice, config = found.decision.need, found.decision.choice, found.config
     adapter = found.metered.parameters
-    doubles, singles = budget.streamed(found.metered, resident=choice.resident)
+    away = budget.streamed(found.metered, resident=choice.resident)
     lines = [
         f"training step: {_gb(need.held)} held (weights in {_kind(config)}, adapter of "
         f"{adapter / 1e6:.1f}M in fp32, {config.optim.name}), {_gb(need.gpu - need.held)} more at "
         f"most; {_gb(budget.needed(need.gpu))} with context and slack",
-        "memory: " + budget.shown(choice, blocks=found.metered.blocks),
+        "memory: " + budget.shown(choice, blocks=len(found.metered.blocks)),
     ]
-    if doubles + singles:
+    if away:
+        singles = sum(block.single for block in away)
+        doubles = len(away) - singles
         lines.append(
             f"streamed: {singles} single and {doubles} double blocks, {_gb(need.ram)} pinned RAM"
         )
@@ -210,6 +212,8 @@ def _kind(config: "Config") -> str:
 
 
 def _verdict(found: "Forecast", remedy: "Remedy | None") -> str:
+    from train.budget import needed
+
     if found.fits and found.limit is None:
         return "Fits this machine's RAM and disk; there is no GPU to compare with."
     if found.fits:
@@ -218,7 +222,13 @@ def _verdict(found: "Forecast", remedy: "Remedy | None") -> str:
     if remedy is None:
         lines.append("No change of settings that a plan knows makes it fit.")
         return "\n".join(lines)
-    lines.append(f"The smallest change that fits{_cost(found, remedy)}:")
+    now = remedy.forecast
+    gpu = max(needed(phase.gpu) for phase in now.phases) / GB
+    ram = max(phase.ram for phase in now.phases) / GB
+    lines.append(
+        f"The smallest change that fits, with {gpu:.1f} GB of GPU memory and {ram:.0f} GB of RAM"
+        f"{_cost(found, remedy)}:"
+    )
     lines += [f"  {line}" for line in yaml_lines(remedy.changes)]
     return "\n".join(lines)
 
@@ -242,15 +252,16 @@ def _cost(found: "Forecast", remedy: "Remedy") -> str:
     ]
     if seconds[0] is None or seconds[1] is None:
         return ""
-    return f" ({seconds[1] / seconds[0] - 1:+.0%} time a step)"
+    change = seconds[1] / seconds[0] - 1
+    return f", {change:+.0%} time a step" if abs(change) > SAME else ", in about the same time"
 
 
 def _marks(found: "Forecast", room: "Room") -> str:
     from train import budget, machine, phases
 
     lines = [
-        "computed: weights, gradients, activations and operations, from the real training code "
-        "without numbers; a compiled step counts as an eager one",
+        "computed: files by the published shapes; weights, gradients, activations and operations "
+        "by the real training code without numbers; a compiled step counts as an eager one",
         f"assumed, not measured yet: {_gb(budget.CONTEXT)} CUDA context, "
         f"{budget.FRAGMENTATION:.0%} allocator slack, {_gb(phases.PROCESS)} RAM of the process, "
         f"{_gb(phases.LOADING)} more while loading",
@@ -260,7 +271,7 @@ def _marks(found: "Forecast", room: "Room") -> str:
         source = "measured" if room.gpu.here else "published (NVIDIA)"
         lines.append(
             f"{source}: {room.gpu.matmul / 1e12:.0f} TFLOP/s of dense bf16 products; times assume "
-            f"{share:.0%} of it"
+            f"{share:.0%} of it, and that copies from RAM run beside it"
         )
     return "\n".join(lines)
 
@@ -277,7 +288,10 @@ def as_json(
         "pictures": asdict(found.pictures),
         "parts": [asdict(part) for part in facts.parts],
         "phases": [asdict(phase) for phase in found.phases],
-        "choice": asdict(found.decision.choice),
+        "choice": {
+            **asdict(found.decision.choice),
+            "recomputed": sorted(found.decision.choice.recomputed),
+        },
         "need": asdict(found.decision.need),
         "remedy": remedy and dict(remedy.changes),
     }

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from train import (
     assemble,
+    automatic,
     config_load,
     encode_text,
     export_run,
@@ -25,7 +26,6 @@ from train import (
     sample,
     texts,
 )
-from train.assemble import Memory
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -207,8 +207,16 @@ def _build(
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
-    memory = Memory.of(config.memory, double=shape["num_layers"], single=shape["num_single_layers"])
     sharded = parallel.is_sharded(accelerator)
+    memory, said = automatic.settle(
+        config,
+        shape=shape,
+        examples=[example.geometry for example in prepared.examples],
+        device=device,
+        sharded=sharded,
+    )
+    if said:
+        accelerator.print(said)
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
         place = memory.place(torch.device("cpu") if sharded else device)
         transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)

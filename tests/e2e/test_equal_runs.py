@@ -190,10 +190,28 @@ def test_streaming_changes_no_bit(train_run: TrainRun, monkeypatch):
     assert certificate["passed"]
 
 
-@pytest.mark.parametrize("key", ["resident_blocks", "gradient_checkpointing"])
-def test_auto_is_not_decided_yet(train_run: TrainRun, key):
-    with pytest.raises(ConfigError, match=f"memory.{key}: auto"):
-        train_run("auto", memory={key: "auto"})
+AUTO = {"resident_blocks": "auto", "gradient_checkpointing": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (None, "memory: 4 of 4 blocks recomputed, all resident (no limit known"),
+        (9.0, "memory: 0 of 4 blocks recomputed, all resident (9.0 GB"),
+    ],
+)
+def test_auto_is_decided_and_said_and_changes_no_bit(train_run: TrainRun, capfd, budget, said):
+    plain = train_run(f"without auto {budget}", train={"steps": 3})
+    name = f"auto {budget}"
+    auto = train_run(name, train={"steps": 3}, memory={**AUTO, "budget_gb": budget})
+    assert said in capfd.readouterr().out
+    assert runs.adapter_change(plain, auto) == 0
+    assert runs.metrics(plain) == runs.metrics(auto)
+
+
+def test_auto_that_cannot_fit_is_an_error_before_anything_is_loaded(train_run: TrainRun):
+    with pytest.raises(ConfigError, match=r"takes 0\.6 GB of GPU memory, and there are 0\.1"):
+        train_run("too small", memory={**AUTO, "budget_gb": 0.1})
 
 
 def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):

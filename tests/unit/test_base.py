@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from tests import tiny
+from tests import bfl, tiny
 from train import base
 from train.config import BaseConfig
 from train.errors import ConfigError, MachineError, UserError
@@ -234,3 +234,38 @@ def test_a_refusal_between_two_parts_is_explained_too(hub, monkeypatch):
     )
     with pytest.raises(MachineError, match="is gated"):
         found.folder("vae")
+
+
+def test_a_single_file_is_checked_when_the_base_is_found(dev_folder, tmp_path):
+    """Not hours later, when the prompts have been encoded."""
+    path = tmp_path / "x.safetensors"
+    config = {"model": str(dev_folder), "transformer": str(path)}
+    assert complaint(**config) == f"base.transformer: {path}: there is no file x.safetensors."
+    bfl.save({"x.lora_A.weight": torch.zeros(2)}, path)
+    assert "this is an adapter, not a base" in complaint(**config)
+    made = bfl.tensors(tiny.transformer(guidance=False))
+    bfl.save(made, path)
+    assert "guidance_in.in_layer.weight isn't there" in complaint(**config)
+    bfl.save(bfl.tensors(tiny.transformer(guidance=True)), path)
+    found = base.resolve(BaseConfig(**config, quantize="fp8"))
+    assert (found.transformer, found.quantize) == (path, "fp8")
+
+
+def test_of_a_hub_base_with_a_single_file_only_the_config_is_fetched(
+    dev_folder, tmp_path, monkeypatch
+):
+    path = bfl.save(bfl.tensors(tiny.transformer(guidance=True)), tmp_path / "x.safetensors")
+    fetched = []
+
+    def download(repository: str, name: str, *, revision: str | None) -> str:
+        target = tmp_path / COMMIT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dev_folder / name, target)
+        fetched.append((repository, name, revision))
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = base.resolve(BaseConfig(model=REPOSITORY, transformer=str(path)))
+    found.load_transformer(torch.device("cpu"))
+    config = (REPOSITORY, "transformer/config.json", COMMIT)
+    assert fetched == [(REPOSITORY, "model_index.json", None), config, config]
