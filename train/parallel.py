@@ -41,7 +41,8 @@ def accelerator() -> Accelerator:
             "device, with plain data parallelism or with FSDP2. configs/accelerate/ has a file for "
             "each: accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
         )
-    if is_sharded(found) and found.state.fsdp_plugin.fsdp_version != 2:
+    plugin = found.state.fsdp_plugin if is_sharded(found) else None
+    if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError(
             "accelerate is configured for FSDP version 1; Kindling needs version 2: "
             "accelerate launch --config_file configs/accelerate/fsdp2.yaml train.py ..."

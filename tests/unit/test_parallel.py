@@ -1,0 +1,97 @@
+"""Gradients summed, the base sharded, and what of accelerate's settings is refused."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tests import tiny
+from train import lora, parallel
+from train.config import LoraConfig
+from train.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one; whole runs with two are among the end-to-end tests."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_come_back_to_where_they_were(alone: None):
+    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.arange(parameter.numel()).view_as(parameter) + 10.0 * number
+    before = [p.grad.clone() for p in parameters if p.grad is not None]
+    parallel.add_gradients(parameters)
+    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))
+
+
+def test_a_part_of_the_adapter_without_a_gradient_is_a_bug_of_ours(alone: None):
+    with pytest.raises(AssertionError, match="takes part in every step"):
+        parallel.add_gradients([nn.Parameter(torch.ones(2))])
+
+
+def test_frozen_weights_are_sharded_and_the_adapter_stays_whole(alone: None):
+    model = tiny.transformer(guidance=True)
+    lora.attach(model, LoraConfig(rank=2), seed=1)
+    trainable = lora.trainable(model)
+    parallel.shard(model, trainable=trainable, device=torch.device("cpu"))
+    kinds = {p.requires_grad: set() for p in model.parameters()}
+    for parameter in model.parameters():
+        kinds[parameter.requires_grad].add(isinstance(parameter, DTensor))
+    assert kinds == {False: {True}, True: {False}}
+    assert [id(p) for p in lora.trainable(model)] == [id(p) for p in trainable]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [
+        ("one", DistributedType.NO, 1),
+        ("ddp", DistributedType.MULTI_GPU, 2),
+        ("fsdp2", DistributedType.FSDP, 2),
+        ("two-nodes", DistributedType.MULTI_GPU, 4),
+    ],
+)
+def test_the_launcher_reads_our_files(name: str, kind: DistributedType, processes: int):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes) == (kind, processes)
+    assert config.mixed_precision == "no"
+    assert {path.stem for path in CONFIGS.iterdir()} == {"one", "ddp", "fsdp2", "two-nodes"}
+
+
+class Asked:
+    """What accelerate says of a launch."""
+
+    gradient_accumulation_steps = 1
+    distributed_type = DistributedType.NO
+
+    class state:  # noqa: N801
+        class fsdp_plugin:  # noqa: N801
+            fsdp_version = 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, "is 4: set train.accumulate instead"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "configured for DEEPSPEED; .*ddp.yaml"),
+        ({"distributed_type": DistributedType.FSDP}, "FSDP version 1; .*fsdp2.yaml"),
+    ],
+)
+def test_what_would_change_training_is_refused(
+    changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked = type("Asked", (Asked,), changes)()
+    monkeypatch.setattr(parallel, "Accelerator", lambda mixed_precision: asked)
+    with pytest.raises(ConfigError, match=message):
+        parallel.accelerator()
