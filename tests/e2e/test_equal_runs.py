@@ -12,8 +12,11 @@ from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
 from train import checkpoint, lora, offload
 from train.adapters import export, export_run, files
+from train.adapters.source import Source
+from train.adapters.updates import LowRank
 from train.average import ema_decay
 from train.errors import ConfigError
+from train.names import Shape, diffusers_places
 from train.track import Tracker
 
 
@@ -143,6 +146,38 @@ def test_an_average_can_begin_at_a_resume(train_run: TrainRun):
         torch.testing.assert_close(
             up, torch.lerp(was.up[module], saved.adapter.up[module], 1 - kept)
         )
+
+
+def test_export_writes_every_layout_with_its_certificate(train_run: TrainRun, capsys):
+    folder = train_run("layouts")
+    capsys.readouterr()
+    before = (folder / "tiny.safetensors").read_bytes()
+    assert export_run.main([str(folder), "--format", "comfyui,kohya", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.count("certificate: loads in diffusers and in ComfyUI") == 2
+    assert (folder / "tiny.safetensors").read_bytes() == before
+    places = diffusers_places(Shape.of(tiny.transformer(guidance=True)))
+    trained = {m: up @ down for m, (up, down) in updates_in(folder / "tiny.safetensors").items()}
+    assert trained.keys() == places.keys()
+    for layout in ("comfyui", "kohya"):
+        path = folder / f"tiny-{layout}.safetensors"
+        certificate = json.loads(path.with_suffix(".certificate.json").read_text(encoding="utf-8"))
+        assert certificate["passed"]
+        assert "torch.bfloat16" in certificate["file"]["dtype"]
+        found = {m: up @ down for m, (up, down) in updates_in(path).items()}
+        for module, delta in trained.items():
+            assert (found[module] - delta).norm() <= 6e-3 * delta.norm()
+
+
+def updates_in(path: Path):
+    """Module -> up, down of a file."""
+    items = [item for _, group in Source(path).walk() for item in group.items()]
+    return {module: update.factors() for module, update in items if isinstance(update, LowRank)}
+
+
+def test_export_refuses_a_layout_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        export_run.main(["runs/x", "--format", "comfyui,kohja"])
+    assert "no layout 'kohja'; there are diffusers, comfyui, kohya" in capsys.readouterr().err
 
 
 def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path: Path):

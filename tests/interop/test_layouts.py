@@ -12,6 +12,7 @@ from tests.interop import common, layouts
 from train.adapters import certify, comfyui, examine, export, files
 from train.adapters.convert import convert
 from train.adapters.source import Source
+from train.adapters.updates import LowRank
 from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError
 from train.lora import Adapter
@@ -111,8 +112,8 @@ def in_comfyui(path: Path, shape: Shape) -> dict[str, torch.Tensor]:
 
 
 def as_meant(path: Path) -> dict[str, torch.Tensor]:
-    groups = Source(path).walk()
-    factors = {module: update.factors() for _, group in groups for module, update in group.items()}
+    items = [item for _, group in Source(path).walk() for item in group.items()]
+    factors = {module: update.factors() for module, update in items if isinstance(update, LowRank)}
     return {module: up @ down for module, (up, down) in factors.items()}
 
 

@@ -168,16 +168,20 @@ def _update_at(tensors: dict[str, Tensor], name: str) -> tuple[list[str], Update
 
 def _kronecker(lokr: dict[str, Tensor], alpha: float | None) -> Kronecker | None:
     """scale is alpha / rank of the factor that is low-rank, the right one's first; else 1."""
+    if any(factor.ndim != 2 for factor in lokr.values()):
+        return None
     sides, rank = [], None
     for side in (".lokr_w1", ".lokr_w2"):
+        a, b = lokr.get(f"{side}_a"), lokr.get(f"{side}_b")
         if side in lokr:
             sides.append(lokr[side])
-        elif f"{side}_a" in lokr and f"{side}_b" in lokr:
-            rank = lokr[f"{side}_b"].shape[0]
-            sides.append(lokr[f"{side}_a"].float() @ lokr[f"{side}_b"].float())
-    if len(sides) < 2 or any(side.ndim != 2 for side in sides):
-        return None
-    return Kronecker(*sides, 1.0 if rank is None else _scale(alpha, rank))
+        elif a is None or b is None or a.shape[1] != b.shape[0]:
+            return None
+        else:
+            rank = b.shape[0]
+            sides.append(a.float() @ b.float())
+    left, right = sides
+    return Kronecker(left, right, 1.0 if rank is None else _scale(alpha, rank))
 
 
 def _scale(alpha: float | None, rank: int) -> float:

@@ -36,7 +36,9 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "comfyui": loaders.ask_comfyui(source, meant, shape),
     }
     misfits = source.misfits(shape)
-    measurable = base is not None and base not in BASES and not (misfits or numbers["faults"])
+    losses = {}
+    if base is not None and base not in BASES and not (misfits or numbers["faults"]):
+        losses = rounding.measure(source, Path(base))
     return {
         "file": {
             "name": path.name,
@@ -55,7 +57,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "misfits": misfits,
         "unusable": source.broken,
         "numbers": numbers,
-        "rounding": rounding.measure(source, Path(base)) if measurable else {},
+        "rounding": losses,
         **verdicts,
     }
 

@@ -138,10 +138,10 @@ def _loaded(
             return Found(UNKNOWN)
         if not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
             return Found(IGNORED)
-        up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
-        if up.is_meta or down.is_meta:
+        halves: list[Any] = [layer.lora_B[NAME].weight, layer.lora_A[NAME].weight]
+        if any(half.is_meta for half in halves):
             return Found(FAILS)
-        loaded = LowRank(up.detach(), down.detach(), layer.scaling[NAME])
+        loaded = LowRank(halves[0].detach(), halves[1].detach(), layer.scaling[NAME])
         pairs.append((update.factors(TYPE), loaded.factors(TYPE)))
     return _compared(pairs)
 

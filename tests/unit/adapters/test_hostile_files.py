@@ -107,16 +107,16 @@ def changed(path: Path, *, drop: str = "", add: dict | None = None) -> None:
     save(state | (add or {}), path)
 
 
-FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "there is no such file"),
-    "empty": (lambda path: path.write_bytes(b"") and None, "cut off or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "cut off or damaged"),
     "cut in the header": (lambda path: cut(path, keep=300), "cut off or damaged"),
     "cut in the body": (lambda path: cut(path, keep=20000), "cut off or damaged"),
     "pickle": (plain_pickle, "a pickle under a safetensors name"),
     "torch.save": (torch_pickle, "a pickle under a safetensors name"),
-    "GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(99)) and None, "a GGUF file"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "a GGUF file"),
     "Git LFS": (
-        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n") and None,
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
         "a pointer of Git LFS",
     ),
     "header of a gigabyte": (huge_header, "not a whole safetensors file"),
@@ -125,7 +125,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "header without end": (lambda p: raw(p, {}, length=1 << 62), "not a whole safetensors file"),
     "overlapping tensors": (overlapping, "not a whole safetensors file"),
     "offsets beyond the end": (beyond_the_end, "not a whole safetensors file"),
-    "no tensors": (lambda path: save({}, path) and None, "holds no tensors"),
+    "no tensors": (lambda path: save({}, path), "holds no tensors"),
     "a base": (base_checkpoint, "holds whole weights: it is a base model"),
     "SDXL": (
         lambda p: foreign(p, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"),
@@ -142,19 +142,19 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "names of nothing": (lambda p: foreign(p, "some.thing"), "no name in it is one of FLUX.2's"),
     "LoHa": (
-        lambda path: save({f"{QUERY}.hada_w1_a": torch.ones(2, 2)}, path) and None,
+        lambda path: save({f"{QUERY}.hada_w1_a": torch.ones(2, 2)}, path),
         "a LoHa adapter",
     ),
     "three dimensions": (pair((2, 8, 1), (8, 2)), "aren't (rank, in) and (out, rank)"),
     "ranks that differ": (pair((2, 8), (8, 3)), "aren't (rank, in) and (out, rank)"),
     "no ranks": (pair((0, 8), (8, 0)), "aren't (rank, in) and (out, rank)"),
     "damaged settings": (
-        lambda path: save(random_lora(1), path, {"lora_adapter_metadata": "{"}) and None,
+        lambda path: save(random_lora(1), path, {"lora_adapter_metadata": "{"}),
         "lora_adapter_metadata is damaged",
     ),
 }  # fmt: skip
 
-INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a pair": (
         lambda path: changed(path, drop="transformer_blocks.0.attn.to_q.lora_B"),
         "has no lora_B/lora_up",
