@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests import runs, tiny
+from tests import bfl, runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, lora, offload
+from train import checkpoint, compare, lora, offload
 from train.adapters import export, export_run, files
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
@@ -18,6 +19,7 @@ from train.average import ema_decay
 from train.errors import ConfigError
 from train.names import Shape, diffusers_places
 from train.track import Tracker
+from train.weights import PREFIX
 
 
 class CrashError(Exception):
@@ -52,6 +54,9 @@ RUNS = {
     # which streams the frozen half of the adapter, too
     "streamed pissa": {"lora": {"init": "pissa"}, "memory": {"resident_blocks": 1}},
     "bf16": {"base": {"dtype": "bf16"}},
+    "int8": {"base": {"quantize": "int8"}},
+    "nf4": {"base": {"dtype": "bf16", "quantize": "nf4"}},
+    "fp8": {"base": {"dtype": "bf16", "quantize": "fp8"}, "speed": {"fp8_matmul": True}},
     "gradient checkpointing": {
         "memory": {"gradient_checkpointing": "all"},
         "lora": {"dropout": 0.2},
@@ -71,6 +76,33 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
     monkeypatch.setattr(lora, "PISSA_ITERATIONS", 5)  # as if the SVD rounded otherwise now
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
+    certificate = json.loads((resumed / "tiny.certificate.json").read_text(encoding="utf-8"))
+    assert certificate["passed"]
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_a_run_on_a_single_file(quantize, train_run: TrainRun, dev_folder, tmp_path, capsys):
+    """The file's weights are those that are trained on, exported for, and compared on."""
+    file = tmp_path / "base.safetensors"
+    weights = bfl.tensors(tiny.transformer(guidance=True, seed=3))
+    bfl.save(bfl.scaled(weights) if quantize == "fp8" else weights, file, prefix=PREFIX)
+    base = {"transformer": str(file), "quantize": quantize}
+    folder = train_run(f"file {quantize}", base=base, train={"steps": 3})
+    own = train_run(f"own {quantize}", base={"quantize": quantize}, train={"steps": 3})
+    change = runs.adapter_change(folder, own)
+    assert change == 0 if quantize == "none" else 0 < change < 1e-2  # scales of a tensor, of a row
+    certificate = json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))
+    assert certificate["passed"]
+    copy = folder / "copy.safetensors"
+    assert export_run.main([str(folder), "--output", str(copy)]) == 0
+    written = [load_file(path) for path in (copy, folder / "tiny.safetensors")]
+    torch.testing.assert_close(*written, rtol=0, atol=0)
+    assert compare.main([str(folder), "--prompt", "a fox", "--steps", "1"]) == 0
+    pictures = [(folder / "compare" / f"00-0{n}.png").read_bytes() for n in range(2)]
+    assert pictures[0] != pictures[1]
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"base\.transformer: .* there is no file"):
+        export_run.main([str(folder)])
 
 
 @pytest.mark.parametrize("optim", ["adamw", "schedulefree"])

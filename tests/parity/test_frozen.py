@@ -99,7 +99,8 @@ def test_int8_is_closer_to_the_truth_than_linear8bitlt(threshold):
 
 
 def test_int8_codes_are_those_of_int8_vectorwise_quant():
-    """But for numbers on the border of two codes: 127 is multiplied here and divided by there."""
+    """But for numbers on the border of two codes: ours are divided by maximum / 127, theirs
+    multiplied by 127 / maximum."""
     plain = drawn(torch.float16)[0]
     codes, maxima, _ = int8_vectorwise_quant(plain.weight.detach())
     state = frozen.quantize(plain.weight.detach(), "int8")
