@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from data_tools.buckets import Geometry
 from scripts import bench_base
@@ -19,7 +20,7 @@ from train.assemble import Memory
 from train.base import DTYPES
 from train.budget import Decision
 from train.config import Config
-from train.errors import ConfigError
+from train.errors import ConfigError, bullet_list
 from train.shapes import SHAPES, Shape
 
 GB = 1e9
@@ -49,13 +50,19 @@ class Case:
         return bench_base.ALL[self.shape]
 
     def config(self, folder: Path) -> Config:
-        """A run's, in that folder. Raises ConfigError as a config's file would."""
+        """A run's, in that folder. Raises ConfigError for what can't go together."""
         steps = self.warmup + self.steps
         tree = {key: dict(values) for key, values in self.sections.items()}
         tree["train"] = {"steps": steps, "batch_size": self.batch}
         tree["data"] = {"path": "memory", "resolution": self.size}
         tree["base"] = {"model": "dev", **tree.get("base", {})}
-        return Config.model_validate({"name": "bench", "output": str(folder), **tree})
+        try:
+            return Config.model_validate({"name": "bench", "output": str(folder), **tree})
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
+            raise ConfigError(
+                bullet_list("bench train: these settings can't be:", faults)
+            ) from None
 
     def step(self, config: Config) -> footprint.Step:
         """What memory and time depend on."""
