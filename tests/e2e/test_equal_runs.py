@@ -108,10 +108,23 @@ def test_streaming_changes_no_bit(train_run: TrainRun, monkeypatch):
     assert certificate["passed"]
 
 
-@pytest.mark.parametrize("key", ["resident_blocks", "gradient_checkpointing"])
-def test_auto_is_not_decided_yet(train_run: TrainRun, key):
-    with pytest.raises(ConfigError, match=f"memory.{key}: auto"):
-        train_run("auto", memory={key: "auto"})
+@pytest.mark.parametrize(("budget", "said"), [(None, "4 of 4"), (0.012, "2 of 4")])
+def test_auto_changes_no_bit(
+    train_run: TrainRun, monkeypatch, capsys, budget: float | None, said: str
+):
+    """In 12 MB, all of it torch's, half of the tiny base's activations fit."""
+    monkeypatch.setattr("train.budget.CONTEXT", 0)
+    plain = train_run(f"all kept {budget}", train={"steps": 3})
+    auto = {"gradient_checkpointing": "auto", "resident_blocks": "auto", "budget_gb": budget}
+    capsys.readouterr()
+    runs.assert_same_run(plain, train_run(f"auto {budget}", train={"steps": 3}, memory=auto))
+    assert f"memory: {said} blocks recomputed, all resident" in capsys.readouterr().out
+
+
+def test_a_limit_that_nothing_fits_is_an_error(train_run: TrainRun):
+    memory = {"resident_blocks": "auto", "budget_gb": 0.5}
+    with pytest.raises(ConfigError, match=r"memory: the smallest .* `kindling plan` says"):
+        train_run("small", memory=memory)
 
 
 def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):
