@@ -1,17 +1,15 @@
 """`kindling bench`: speed and memory of this machine, as a table and JSON. Never passes or fails.
 
-Owns the command line. What is measured is `bench_step`'s, `bench_start`'s and `bench_data`'s, how
-it is written down is `bench_report`'s. What has been measured is in docs/bench/.
+Owns the command line, `bench_options` that of `train`. What is measured is `bench_step`'s,
+`bench_shape`'s, `bench_start`'s and `bench_data`'s, how it is written down is `bench_report`'s.
+What has been measured is in docs/bench/.
 """
 
 import argparse
-import re
 from pathlib import Path
 
-from scripts import bench_report
+from scripts import bench_options, bench_report
 from train.errors import UserError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,19 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     train = commands.add_parser(
-        "train", parents=[common], help="a training step, beside a bare loop in diffusers and peft"
+        "train", parents=[common], help="a training step: beside a bare loop, or on a real shape"
     )
-    train.add_argument("--parameters", type=count, default="60M", help="default 60M")
-    train.add_argument("--size", type=int, nargs="+", default=[64, 256], metavar="PIXELS")
-    train.add_argument("--batch", type=int, default=1, help="pictures a step")
-    train.add_argument("--text-tokens", type=int, default=512)
-    train.add_argument("--rank", type=int, default=16)
-    train.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="frozen weights")
-    train.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
-    train.add_argument("--gradient-checkpointing", action="store_true")
-    train.add_argument("--steps", type=int, default=12, help="timed steps a side; default 12")
-    train.add_argument("--warmup", type=int, default=2, help="steps before those; default 2")
-    train.add_argument("--no-memory", action="store_true", help="skip the peaks: a process each")
+    bench_options.add(train)
     start = commands.add_parser(
         "start", parents=[common], help="whole processes, from their start to the first step"
     )
@@ -69,34 +57,38 @@ def add_data(commands: "argparse._SubParsersAction", common: argparse.ArgumentPa
     data.add_argument("--folder", type=Path, help="where generated pictures are kept (3 GB)")
 
 
-def count(text: str) -> int:
-    """60M -> 60,000,000."""
-    match = re.fullmatch(r"([0-9.]+)([KMB]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a number such as 60M")
-    return round(float(match[1]) * UNITS[match[2]])
-
-
 def measure_steps(options: argparse.Namespace) -> list[dict]:
     """`kindling bench train`."""
+    if options.shape or options.config:
+        return measure_shapes(options)
     from scripts import bench_sides, bench_step
 
-    job = bench_sides.Job(
-        parameters=options.parameters,
-        batch=options.batch,
-        text_tokens=options.text_tokens,
-        rank=options.rank,
-        dtype=options.dtype,
-        optimizer=options.optimizer,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
     results = []
-    for size in options.size:
-        result = bench_step.compare(job, size=size, steps=options.steps, warmup=options.warmup)
-        if not options.no_memory:
-            result["memory"] = bench_step.peaks(job, size=size)
-        results.append(result)
+    for batch in options.batch or [1]:
+        job = bench_sides.Job(
+            parameters=options.parameters,
+            batch=batch,
+            text_tokens=options.text_tokens,
+            rank=options.rank or 16,
+            dtype=options.dtype or "fp32",
+            optimizer=options.optimizer or "adamw",
+            gradient_checkpointing=options.gradient_checkpointing,
+        )
+        for size in options.size or [64, 256]:
+            result = bench_step.compare(job, size=size, steps=options.steps, warmup=options.warmup)
+            if not options.no_memory:
+                result["memory"] = bench_step.peaks(job, size=size)
+            results.append(result)
     print(bench_report.table(bench_step.HEADER, map(bench_step.row, results)))
+    return results
+
+
+def measure_shapes(options: argparse.Namespace) -> list[dict]:
+    """`kindling bench train` on real shapes."""
+    from scripts import bench_case, bench_shape
+
+    results = bench_shape.measure_all(bench_case.of_options(options))
+    print(bench_report.table(bench_shape.HEADER, map(bench_shape.row, results)))
     return results
 
 

@@ -6,8 +6,6 @@ once before, so that both sides find them in the operating system's memory.
 
 import io
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scripts import bench_pictures
+from scripts.bench_clock import peak_memory
 from scripts.bench_report import ratios, spread
 
 RESOLUTION = 1024
@@ -81,20 +80,6 @@ def run_alone(job: Callable, *arguments: object, cores: int) -> tuple[float, int
     began = time.perf_counter()
     seconds = job(*arguments)
     return seconds or time.perf_counter() - began, peak_memory()
-
-
-def peak_memory() -> int:
-    """The most RAM that this process has held, bytes.
-
-    getrusage would count what its parent held when it was forked.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 # ---- the jobs

@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,16 @@ def new_report(what: str, argv: Sequence[str] | None) -> dict[str, Any]:
         "what": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: found(p) for p in PACKAGES}},
     }
+
+
+def found(package: str) -> str | None:
+    """Its version; None where it isn't installed, as Kindling itself needn't be."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -83,21 +83,21 @@ class Job:
         return model.train()
 
 
-def stored_data(job: Job, config: Config) -> tuple[Mixture, Loader]:
+def stored_data(config: Config, *, text_tokens: int, text_width: int) -> tuple[Mixture, Loader]:
     """Four batches of random latents and prompts in a cache on disk, as encoding leaves them."""
-    cache = Cache(Path(config.output) / "cache")
+    cache, count = Cache(Path(config.output) / "cache"), config.train.batch_size
     generator = torch.Generator().manual_seed(0)
     (pixels,) = config.data.resolutions
     side = pixels // 16
     examples = []
-    for number in range(4 * job.batch):
+    for number in range(4 * count):
         name = f"{number:040x}"
         picture = torch.randn(PATCH_CHANNELS, side, side, generator=generator)
-        text = torch.randn(job.text_tokens, TEXT_WIDTH, generator=generator)
+        text = torch.randn(text_tokens, text_width, generator=generator)
         cache.put(f"a{name}", {"latents": picture}, notes={})
-        cache.put(f"b{name}", {"text": text.to(DTYPES[job.dtype])}, notes={})
+        cache.put(f"b{name}", {"text": text.to(DTYPES[config.base.dtype])}, notes={})
         examples.append(Example(str(number), (f"a{name}",), None, f"b{name}", ((pixels, pixels),)))
-    order = Mixture([Order(examples, batch_size=job.batch, seed=config.seed)], shares=[1])
+    order = Mixture([Order(examples, batch_size=count, seed=config.seed)], shares=[1])
     return order, Loader(examples, empty_text=None, cache=cache, flow=config.flow, seed=0)
 
 
@@ -105,9 +105,19 @@ def kindling_steps(
     job: Job, config: Config, *, order: Mixture, loader: Loader, accelerator: Accelerator
 ) -> Iterator[None]:
     """Kindling's own path: reading, noise, loss, gradients, clipping, optimizer, metrics."""
-    folder = Path(config.output)
     transformer = job.transformer(accelerator.device)
     lora.attach(transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora"))
+    trainer = new_trainer(
+        config, transformer=transformer, order=order, loader=loader, accelerator=accelerator
+    )
+    yield from trained(trainer, config)
+
+
+def new_trainer(
+    config: Config, *, transformer: Any, order: Mixture, loader: Loader, accelerator: Accelerator
+) -> Trainer:
+    """The trainer of a transformer that has its adapter; it draws and saves nothing."""
+    folder = Path(config.output)
     tracker = Tracker(
         folder,
         name=config.name,
@@ -118,10 +128,11 @@ def kindling_steps(
         every=config.train.steps + 1,
         main=True,
     )
-    trainer = Trainer(
+    dtype = DTYPES[config.base.dtype]
+    return Trainer(
         config,
         accelerator=accelerator,
-        base=Base("bench", "", None, FAMILIES["Flux2Pipeline"], False, DTYPES[job.dtype]),
+        base=Base("bench", "", None, FAMILIES["Flux2Pipeline"], False, dtype),
         transformer=transformer,
         order=order,
         loader=loader,
@@ -130,6 +141,10 @@ def kindling_steps(
         folder=folder,
         origin=Origin(data="", base=""),
     )
+
+
+def trained(trainer: Trainer, config: Config) -> Iterator[None]:
+    """A step of the trainer for each `next`."""
     for done, batch in enumerate(trainer.batches(0, config.train.steps), start=1):
         trainer.step(done, batch)
         yield

@@ -6,8 +6,6 @@ compared pair by pair. Peaks of memory come from a fresh process for each side.
 
 import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +17,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import trange
 
+from scripts.bench_clock import peak_memory
 from scripts.bench_report import ratios, spread
-from scripts.bench_sides import Job, bare_steps, kindling_steps, stored_data
+from scripts.bench_sides import TEXT_WIDTH, Job, bare_steps, kindling_steps, stored_data
 from train.track import METRICS
 
 HEADER = ("pixels", "tokens", "Kindling s", "bare s", "ratio", "Kindling GB", "bare GB")
@@ -34,7 +33,7 @@ def compare(job: Job, *, size: int, steps: int, warmup: int) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision="no")
     with TemporaryDirectory() as folder:
         config = job.config(Path(folder), size=size, steps=warmup + steps)
-        order, loader = stored_data(job, config)
+        order, loader = stored_data(config, text_tokens=job.text_tokens, text_width=TEXT_WIDTH)
         ours = kindling_steps(job, config, order=order, loader=loader, accelerator=accelerator)
         theirs = bare_steps(job, config, order=order, loader=loader, device=accelerator.device)
         for _ in range(warmup):
@@ -87,11 +86,11 @@ def peak(side: str, job: Job, *, size: int) -> dict[str, int]:
 
     ram: of the whole process; imports: of that before anything was built; gpu: allocated.
     """
-    imports = resident_peak()
+    imports = peak_memory()
     accelerator = Accelerator(mixed_precision="no")
     with TemporaryDirectory() as folder:
         config = job.config(Path(folder), size=size, steps=STEPS_TO_PEAK)
-        order, loader = stored_data(job, config)
+        order, loader = stored_data(config, text_tokens=job.text_tokens, text_width=TEXT_WIDTH)
         if side == "kindling":
             steps = kindling_steps(job, config, order=order, loader=loader, accelerator=accelerator)
         else:
@@ -100,14 +99,7 @@ def peak(side: str, job: Job, *, size: int) -> dict[str, int]:
         for _ in steps:
             pass
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"ram": resident_peak(), "imports": imports, "gpu": gpu}
-
-
-def resident_peak() -> int:
-    """The most RAM that this process has held, bytes; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return {"ram": peak_memory(), "imports": imports, "gpu": gpu}
 
 
 def row(result: dict[str, Any]) -> tuple[str, ...]:

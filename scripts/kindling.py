@@ -41,7 +41,17 @@ COMMANDS = {
         "data_tools.exchange.pack", "write a folder of pictures as parquet, tar or imagefolder"
     ),
     "plan": Command("train.plan", "what a config takes of GPU, RAM, disk and time, and what fits"),
-    "export": Command("train.export_run", "write a run's adapter files and their certificate"),
+    "export": Command(
+        "train.adapters.export_run", "write a run's adapter files and their certificate"
+    ),
+    "certify": Command(
+        "train.adapters.examine", "what an adapter file holds, and what each loader does with it"
+    ),
+    "convert": Command(
+        "train.adapters.convert", "write any program's adapter for diffusers, ComfyUI or kohya"
+    ),
+    "merge": Command("train.adapters.merge", "add adapters up, or an adapter to its base"),
+    "resize": Command("train.adapters.resize", "an adapter of fewer ranks, and what that loses"),
     "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
     "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),

@@ -13,6 +13,7 @@ import torch
 from train import frozen, lora, offload, parallel, randomness, recompute, speed
 from train.config import Config, MemoryConfig
 from train.errors import ConfigError
+from train.lora import Adapter
 from train.transformer import Place
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Assembled:
 
     targets: list[str]
     """Modules that the adapter is on."""
+    start: Adapter | None
+    """What is taken off the adapter: see `lora.with_start`."""
     undo: ExitStack
     """Closing it leaves the base with its adapter and nothing else; do so before unloading that."""
 
@@ -71,17 +74,22 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype,
     sharded: bool = False,
+    start: Adapter | None = None,
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. sharded: over all processes, with FSDP2.
+    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
+    run's, see `lora.attach`.
     Raises UserError where the machine can't do what is asked.
     """
-    targets = lora.attach(
-        transformer, config.lora, seed=randomness.derived_seed(config.seed, "lora")
-    )
+    seed = randomness.derived_seed(config.seed, "lora")
+    targets = lora.attach(transformer, config.lora, seed=seed, start=start)
+    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+        parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
+        parallel.agree(parts, device=device)
+    start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
     if sharded:
         if memory.streamed:
@@ -101,4 +109,4 @@ def assemble(
     if config.speed.fp8_matmul:
         frozen.use_fp8_matmul(transformer, device)
     undo.push(speed.apply(transformer, config.speed, device=device, dtype=dtype))
-    return Assembled(targets, undo)
+    return Assembled(targets, start, undo)

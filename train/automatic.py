@@ -41,7 +41,8 @@ def settle(
     metered = meter_step(shape, config.lora, step)
     limit = None if sharded else available(config, device)
     allowed = None if limit is None else budget.allowed(limit)
-    decision = budget.decide(metered, memory, optim=config.optim, budget=allowed)
+    ema = config.train.ema is not None
+    decision = budget.decide(metered, memory, optim=config.optim, ema=ema, budget=allowed)
     choice = decision.choice
     if limit is not None and not decision.fits:
         raise ConfigError(

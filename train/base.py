@@ -286,7 +286,7 @@ def resolve(config: BaseConfig) -> Base:
         config.quantize,
         None if config.transformer is None else Path(config.transformer),
     )
-    if found.transformer is not None:
+    if found.transformer is not None or (Path(source) / "transformer").is_dir():
         found.transformer_files().source()  # hours before it is loaded, if prompts come first
     return found
 

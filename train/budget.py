@@ -16,9 +16,19 @@ CONTEXT = 600 * 10**6
 FRAGMENTATION = 0.05
 """Assumed, not measured yet: what the allocator reserves beyond what is allocated, a share."""
 
-STATE = {"adamw": 8.0, "adamw8bit": 2.0 + 2 * 4 / 256}
-"""Bytes a parameter that the optimizer keeps: two moments in fp32, or in 8 bits with a scale for
-256 of them."""
+STATE = {
+    "adamw": 8.0,
+    "adamw8bit": 2.0 + 2 * 4 / 256,
+    "paged_adamw8bit": 2.0 + 2 * 4 / 256,
+    "lion8bit": 1.0 + 4 / 256,
+    "adafactor": 4.0,
+    "prodigy": 16.0,
+    "schedulefree": 8.0,
+    "muon": 4.0,
+}
+"""Bytes a parameter that the optimizer keeps: moments in fp32, or in 8 bits with a scale for 256 of
+them (pages count as if they stayed). At most: adafactor's rows and columns are so many at rank 1
+only, and prodigy doesn't keep a start at zero."""
 WEIGHT = 4
 """Bytes of a LoRA weight, and of its gradient."""
 
@@ -121,13 +131,16 @@ def needed(allocated: int | float) -> int:
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
 
 
-def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig) -> Need:
-    """What a step takes at most, with the optimizer's state already there."""
+def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:
+    """What a step takes at most, with the optimizer's state already there.
+
+    ema: an average of the adapter is kept beside it.
+    """
     placed = _placed(footprint, resident=choice.resident)
     adapter = footprint.parameters * WEIGHT
     gradients = adapter
     held = placed.device + adapter + round(footprint.parameters * STATE[optim.name])
-    held += gradients if footprint.accumulated else 0
+    held += (gradients if footprint.accumulated else 0) + (adapter if ema else 0)
     level, peak, where, ram = held, held, "weights", placed.host
     for name, passage in _timeline(footprint, choice):
         if level + passage.peak > peak:
@@ -139,7 +152,12 @@ def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig) -> Need
 
 
 def decide(
-    footprint: Footprint, memory: MemoryConfig, *, optim: OptimConfig, budget: int | None
+    footprint: Footprint,
+    memory: MemoryConfig,
+    *,
+    optim: OptimConfig,
+    budget: int | None,
+    ema: bool = False,
 ) -> Decision:
     """Concrete memory settings for so many bytes that torch may allocate.
 
@@ -152,9 +170,9 @@ def decide(
     blocks = len(footprint.blocks)
     if budget is None:
         choice = max(choices, key=lambda one: (one.resident, len(one.recomputed)))
-        return Decision(choice, measure(footprint, choice, optim=optim), fits=True)
+        return Decision(choice, measure(footprint, choice, optim=optim, ema=ema), fits=True)
     for choice in choices:
-        need = measure(footprint, choice, optim=optim)
+        need = measure(footprint, choice, optim=optim, ema=ema)
         if need.gpu <= budget:
             return Decision(choice, need, fits=True)
     assert choices, f"{memory} allows nothing for {blocks} blocks"

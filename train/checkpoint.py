@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified when read, rotated.
 
-A checkpoint is a folder `step-000250` with the adapter, the optimizer's state and a manifest of
-their digests. It is made under another name, flushed to disk and renamed, so that a kill at any
-moment leaves the last good one. Owns files, not what training does with them.
+A checkpoint is a folder `step-000250` with the adapter, its average if the run keeps one, the
+optimizer's state and a manifest of their digests. It is made under another name, flushed to disk
+and renamed, so that a kill at any moment leaves the last good one. Owns files, not what training
+does with them.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from train.errors import CheckpointError
 from train.files import writing
-from train.lora import Adapter
+from train.lora import Adapter, with_start
 
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
@@ -58,6 +59,18 @@ class Checkpoint:
     adapter: Adapter
     optimizer: dict[str, Any]
     """The optimizer's state_dict."""
+    average: Adapter | None = None
+    """The averaged weights, where the run keeps some."""
+    start: Adapter | None = None
+    """What is taken off all weights: see `lora.with_start`."""
+
+    def shown(self, weights: str) -> Adapter:
+        """The update to the base as users see it.
+
+        weights: "average" for that where there is one, "last" for the last weights.
+        """
+        chosen = self.average if weights == "average" and self.average else self.adapter
+        return with_start(chosen, self.start) if self.start else chosen
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
@@ -91,9 +104,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = 
 def _write(making: Path, checkpoint: Checkpoint) -> None:
     """All files of a checkpoint, down to the disk."""
     adapter = checkpoint.adapter
-    tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
-    tensors |= {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
-    save_file(tensors, making / "adapter.safetensors")
+    parts = {"adapter": adapter, "average": checkpoint.average, "start": checkpoint.start}
+    for part, weights in parts.items():
+        if weights is not None:
+            save_file(_tensors(weights), making / f"{part}.safetensors")
     with (making / "optimizer.pt").open("wb") as file:  # by name, torch would hide what went wrong
         torch.save(checkpoint.optimizer, file)
     facts = {"progress": asdict(checkpoint.progress), "rank": adapter.rank, "alpha": adapter.alpha}
@@ -135,18 +149,32 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises CheckpointError if any of its bytes differ from what was saved."""
     facts = _verified(path)
-    tensors = load_file(path / "adapter.safetensors")
+    adapters = {
+        part: _adapter(path / f"{part}.safetensors", rank=facts["rank"], alpha=facts["alpha"])
+        for part in ("adapter", "average", "start")
+        if f"{part}.safetensors" in facts["files"]
+    }
+    progress = facts["progress"]
+    return Checkpoint(
+        progress=Progress(**progress | {"origin": Origin(**progress["origin"])}),
+        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+        **adapters,
+    )
+
+
+def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
+    return tensors | {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
+
+
+def _adapter(path: Path, *, rank: int, alpha: float) -> Adapter:
+    tensors = load_file(path)
 
     def weights(kind: str) -> dict[str, torch.Tensor]:
         end = f".{kind}.weight"
         return {n.removesuffix(end): tensor for n, tensor in tensors.items() if n.endswith(end)}
 
-    progress = facts["progress"]
-    return Checkpoint(
-        progress=Progress(**progress | {"origin": Origin(**progress["origin"])}),
-        adapter=Adapter(weights("lora_A"), weights("lora_B"), facts["rank"], facts["alpha"]),
-        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
-    )
+    return Adapter(weights("lora_A"), weights("lora_B"), rank, alpha)
 
 
 def _verified(path: Path) -> dict[str, Any]:

@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import checkpoint, config_load, encode_text, export, sample, texts
+from train import checkpoint, config_load, encode_text, sample, texts
+from train.adapters import export
+from train.adapters.export_run import CONFIG
 from train.base import Base, resolve
 from train.board import board
 from train.cache import DIGESTS, Cache, FileDigests
 from train.config import Config
 from train.encode import Keys
 from train.errors import CheckpointError, ConfigError
-from train.export_run import CONFIG
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _columns(
     if checkpoints:
         for path in checkpoint.list_checkpoints(run / "checkpoints"):
             files[path.name] = scratch / f"{path.name}.safetensors"
-            adapter = checkpoint.load(path).adapter
+            adapter = checkpoint.load(path).shown(config.export.weights)
             export.write(adapter, files[path.name], dtype=torch.float32, metadata={})
     else:
         files["adapter"] = run / f"{config.name}.safetensors"

@@ -1,7 +1,8 @@
 """The schema of a training config: every setting, its range, its default and its meaning.
 
-Owns what a valid config is, alone and across fields. Doesn't read files (`config_load` does) and
-doesn't know torch. A module receives its own section, never the root.
+Owns what a valid config is, alone and across fields; the adapter's and the optimizer's sections
+are `config_adapter`'s. Doesn't read files (`config_load` does) and doesn't know torch. A module
+receives its own section, never the root.
 """
 
 import re
@@ -10,9 +11,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from train.config_adapter import LoraConfig, OptimConfig
 from train.config_watch import PreviewConfig, TrackConfig, ValidationConfig
 from train.schema import (
-    Below1,
     Count,
     FileName,
     Fraction,
@@ -131,37 +132,6 @@ class EncodeConfig(Section):
     """8bit halves the text cache; its embeddings are off by about 0.6 %."""
 
 
-class LoraConfig(Section):
-    """The adapter."""
-
-    targets: Literal["attention", "blocks", "diffusers"] | tuple[str, ...] = "blocks"
-    """blocks: all Linears of all blocks. attention: their attention. diffusers: that library's
-    default set. Or a list of regular expressions on module names, each of which must match."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of each update."""
-    alpha: Positive | None = None
-    """Strength of the update is alpha / rank; none means alpha = rank, so strength 1."""
-    dropout: Below1 = 0.0
-    """Dropout on the adapter's input."""
-
-    @property
-    def scale(self) -> float:
-        """Strength of the update, alpha / rank."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
-
-    @field_validator("targets")
-    @classmethod
-    def _patterns_compile(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if value == ():
-            raise conflict({"": "the list of patterns is empty"})
-        for pattern in () if isinstance(value, str) else value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise conflict({"": f"{pattern!r} isn't a regular expression: {error}"}) from None
-        return value
-
-
 class FlowConfig(Section):
     """Which noise levels are trained, and what the model is told."""
 
@@ -185,27 +155,6 @@ class FlowConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """The optimizer and its schedule."""
-
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw is torch's; adamw8bit is bitsandbytes', with 8-bit moments."""
-    lr: Positive = 1e-4
-    """Peak learning rate."""
-    betas: tuple[Below1, Below1] = (0.9, 0.99)
-    """Decay of the two moments."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Decoupled weight decay."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: constant, or down to zero at the last step."""
-    warmup: Natural = 0
-    """Steps over which the learning rate rises linearly to its peak."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
-
-
 class TrainConfig(Section):
     """How long, and in what portions."""
 
@@ -215,6 +164,9 @@ class TrainConfig(Section):
     """Pictures a device takes at once; all of one bucket."""
     accumulate: Count = 1
     """Batches whose gradients are added up for one step."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay a step of a running average of the adapter, such as 0.999, which previews and the
+    export then show; the first steps decay faster. None: no average."""
     checkpoint_every: Count = 250
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Count = 4
@@ -264,6 +216,9 @@ class ExportConfig(Section):
     the last."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of the exported weights."""
+    weights: Literal["average", "last"] = "average"
+    """What the file and the previews hold: the average where train.ema or schedulefree keeps one,
+    else the last weights. last: those even so."""
     title: str | None = None
     """Shown by programs that read ModelSpec metadata; none means the run's name."""
     author: str | None = None
@@ -335,6 +290,12 @@ class Config(Section):
             problems["speed.fp8_matmul"] = (
                 f"needs base.quantize: fp8, not '{self.base.quantize}'; set that or remove this"
             )
+        if self.base.quantize != "none" and self.lora.init == "pissa":
+            problems["lora.init"] = (
+                f"pissa needs the base's own weights, not base.quantize: {self.base.quantize}; "
+                "remove one of the two"
+            )
+        problems |= self._average_problems()
         if not self.preview.prompts:
             unused = "has no effect without preview.prompts; remove it or add prompts"
             problems |= {f"preview.{key}": unused for key in self.preview._changed()}
@@ -350,3 +311,18 @@ class Config(Section):
         if problems:
             raise conflict(problems)
         return self
+
+    def _average_problems(self) -> dict[str, str]:
+        """What is wrong with the settings about averaged weights."""
+        averages = self.optim.name == "schedulefree"
+        problems = {}
+        if averages and self.train.ema is not None:
+            problems["train.ema"] = "isn't needed with optim.name: schedulefree, an average itself"
+        if self.export.weights == "last" and averages:
+            problems["export.weights"] = (
+                "must be average with optim.name: schedulefree: where it takes its gradients is no "
+                "place for pictures"
+            )
+        elif self.export.weights == "last" and self.train.ema is None:
+            problems["export.weights"] = "has no effect without train.ema; remove it"
+        return problems

@@ -68,6 +68,7 @@ def forecast(
         metered,
         config.memory,
         optim=config.optim,
+        ema=config.train.ema is not None,
         budget=None if limit is None else budget.allowed(limit),
     )
     case = Case(config, facts, pictures, room.gpu, meters, metered, decision)

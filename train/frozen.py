@@ -118,7 +118,10 @@ class _Product(torch.autograd.Function):
     """x W^T and grad W, each unpacking W for itself; only the packed state outlives a product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, shape: tuple[int, int], *state: Tensor) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # spelt out before *state, they make dynamo (torch 2.13) leave out ctx: where x needs no
+        # gradient it counts arguments against parameters to see whether there is one
+        x, kind, shape, *state = inputs
         assert state[-1].dtype == torch.float32, "scales were cast by .to()"
         ctx.save_for_backward(*state)
         ctx.kind, ctx.shape = kind, shape
@@ -217,6 +220,11 @@ def use_fp8_matmul(model: nn.Module, device: torch.device) -> None:
                     f"fp8 needs multiples of {FP8_ALIGNMENT}. Remove the setting."
                 )
             module.fp8_matmul = True
+
+
+def kind_of(model: nn.Module) -> str:
+    """How a transformer's block Linears are kept: a kind, or none."""
+    return next((m.kind for m in model.modules() if isinstance(m, FrozenLinear)), "none")
 
 
 def _unpack(state: Any, kind: str, shape: Any, dtype: torch.dtype) -> Tensor:

@@ -9,13 +9,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from train.cache import key
 from train.errors import CheckpointError, ConfigError
@@ -34,6 +37,10 @@ SHARD_BYTES = 10**9
 SPARE = 1.05
 """A copy is written where this many times its size is free."""
 
+PARTIAL = ".part"
+ABANDONED_SECONDS = 3600
+"""A copy that nothing has been written to for so long is of a process that died."""
+
 Named = tuple[str, Tensor]
 
 
@@ -48,15 +55,24 @@ def has_room(folder: Path, size: int) -> bool:
     return shutil.disk_usage(folder.parent).free > size * SPARE
 
 
+def sweep(cache: Path) -> None:
+    """Delete what processes that died while writing have left."""
+    for path in (cache / FOLDER).glob(f"*{PARTIAL}"):
+        with suppress(FileNotFoundError):  # another process sweeps, too
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def read(folder: Path, device: torch.device) -> Iterator[Named]:
     """A copy's tensors on the device. Raises CheckpointError if it isn't as it was written."""
-    path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        sums, files = index["sums"], index["files"]
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        sums: dict[str, int] = index["sums"]
         stored: dict[str, Stored] = {}
-        for name in files:
-            stored |= read_header(folder / name, where=str(folder))[0]
+        for name, size in index["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} is cut off")
+            stored |= read_header(folder / name, where="its header")[0]
         if stored.keys() != sums.keys():
             raise ValueError("its files hold other tensors than its index says")
         for name, tensor in ahead((n, part.read()) for n, part in stored.items()):
@@ -64,30 +80,23 @@ def read(folder: Path, device: torch.device) -> Iterator[Named]:
             if checksum(placed) != sums[name]:
                 raise ValueError(f"{name} doesn't match its checksum")
             yield name, placed
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: this quantised copy is damaged: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"damaged ({error})") from None
 
 
 def writing(folder: Path, tensors: Iterable[Named]) -> Iterator[Named]:
-    """The same tensors, written to a copy on their way; it is there once all have passed."""
+    """The same tensors, written to a copy on their way; it is there once all have passed.
+
+    A disk that doesn't take it costs the copy, which is said, and not the start.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".part"))
-    index: dict[str, Any] = {"files": [], "sums": {}}
-    shard: dict[str, Tensor] = {}
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=PARTIAL))
+    copy = _Copy(partial)
     try:
         for name, tensor in tensors:
-            index["sums"][name] = checksum(tensor)
-            shard[name] = tensor.detach().cpu()
-            if sum(part.nbytes for part in shard.values()) >= SHARD_BYTES:
-                _flush(partial, shard, index)
+            copy.add(name, tensor)
             yield name, tensor
-        _flush(partial, shard, index)
-        (partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        try:
-            os.replace(partial, folder)
-        except OSError:  # another process has just put the same copy there
-            if not folder.is_dir():
-                raise
+        copy.finish(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -107,10 +116,60 @@ def checksum(tensor: Tensor) -> int:
     return (int(torch.hash_tensor(words).item()) if whole else 0) ^ tail
 
 
-def _flush(folder: Path, shard: dict[str, Tensor], index: dict[str, Any]) -> None:
-    name = f"{len(index['files']):05d}.safetensors"
-    save_file(shard, folder / name)
-    with (folder / name).open("rb") as file:
-        os.fsync(file.fileno())
-    index["files"].append(name)
-    shard.clear()
+class _Copy:
+    """A copy on its way to the disk, a shard at a time."""
+
+    def __init__(self, partial: Path) -> None:
+        self._partial = partial
+        self._shard: dict[str, Tensor] = {}
+        self._files: dict[str, int] = {}
+        self._sums: dict[str, int] = {}
+        self._failed = False
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one more tensor."""
+        if self._failed:
+            return
+        self._sums[name] = checksum(tensor)
+        self._shard[name] = tensor.detach().cpu()
+        if sum(part.nbytes for part in self._shard.values()) >= SHARD_BYTES:
+            self._try(self._flush)
+
+    def finish(self, folder: Path) -> None:
+        """Give the whole copy its name, unless another process has just done so."""
+        self._try(self._flush)
+        self._try(self._write_index)
+        self._try(lambda: self._publish(folder))
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            self._failed = True
+            self._shard.clear()
+            shutil.rmtree(self._partial, ignore_errors=True)
+            tqdm.write(
+                f"{self._partial.parent}: the quantised copy can't be written ({error}); "
+                "each start has to quantise again"
+            )
+
+    def _flush(self) -> None:
+        path = self._partial / f"{len(self._files):05d}.safetensors"
+        save_file(self._shard, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        self._files[path.name] = path.stat().st_size
+        self._shard.clear()
+
+    def _write_index(self) -> None:
+        index = {"files": self._files, "sums": self._sums}
+        (self._partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _publish(self, folder: Path) -> None:
+        try:
+            self._partial.rename(folder)
+        except OSError:  # another process has just put the same copy there
+            if not folder.is_dir():
+                raise

@@ -5,9 +5,24 @@ before anything heavy is imported. Reading files is `weights`'.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train.comfyui import Shape, diffusers_places
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+
+DOUBLE_BLOCK = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+"""BFL's Linear -> diffusers' Linears, whose rows lie below each other in it."""
+
+SINGLE_BLOCK = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
 
 OUTSIDE = {
     "x_embedder": "img_in",
@@ -39,12 +54,74 @@ SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"
 
 DEFAULTS = {
     "patch_size": 1,
+    "in_channels": 128,
     "out_channels": None,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
     "mlp_ratio": 3.0,
     "timestep_guidance_channels": 256,
     "guidance_embeds": True,
 }
-"""Of diffusers' class, for a config.json that is older than a setting."""
+"""What shapes depend on, as diffusers' class has it: for a config.json older than a setting."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the mapping needs to know of a transformer."""
+
+    width: int
+    double: int
+    single: int
+    mlp_ratio: float = 3.0
+
+    @classmethod
+    def of(cls, transformer: "Flux2Transformer2DModel") -> "Shape":
+        """The shape of a diffusers transformer."""
+        config = transformer.config
+        return cls(
+            config["num_attention_heads"] * config["attention_head_dim"],
+            config["num_layers"],
+            config["num_single_layers"],
+            config["mlp_ratio"],
+        )
+
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """All Linears in the blocks: BFL name -> (out, in)."""
+        width, hidden = self.width, int(self.width * self.mlp_ratio)
+        sizes = {
+            "qkv": (3 * width, width),
+            "proj": (width, width),
+            "0": (2 * hidden, width),
+            "2": (width, hidden),
+            "linear1": (3 * width + 2 * hidden, width),
+            "linear2": (width, width + hidden),
+        }
+        kinds = [("double_blocks", self.double, DOUBLE_BLOCK)]
+        kinds += [("single_blocks", self.single, SINGLE_BLOCK)]
+        return {
+            f"{blocks}.{i}.{name}.weight": sizes[name.rpartition(".")[2]]
+            for blocks, count, names in kinds
+            for i in range(count)
+            for name in names
+        }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a BFL weight, and its number of columns."""
+
+    weight: str
+    start: int
+    stop: int
+    columns: int
+
+    def overlap(self, other: "Place") -> tuple[int, int] | None:
+        """First and one past the last row that both have."""
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        return (start, stop) if self.weight == other.weight and start < stop else None
 
 
 @dataclass(frozen=True)
@@ -58,9 +135,22 @@ class Home:
     """Whether its two halves change places."""
 
 
+def diffusers_places(shape: Shape) -> dict[str, Place]:
+    """diffusers module name -> where its weight is in BFL's naming."""
+    places = {}
+    for weight, (rows, columns) in shape.weights().items():
+        blocks, index, name = weight.removesuffix(".weight").split(".", 2)
+        single = blocks == "single_blocks"
+        parts = (SINGLE_BLOCK if single else DOUBLE_BLOCK)[name]
+        for i, part in enumerate(parts):
+            module = f"{'single_' if single else ''}transformer_blocks.{index}.{part}"
+            height = rows // len(parts)
+            places[module] = Place(weight, i * height, (i + 1) * height, columns)
+    return places
+
+
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """All weights of diffusers' transformer. config: what its config.json says."""
-    config = DEFAULTS | config
+    """All weights of diffusers' transformer. config: its config.json, completed by DEFAULTS."""
     head, shape = config["attention_head_dim"], _shape(config)
     width, time = shape.width, config["timestep_guidance_channels"]
     outputs = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
@@ -84,7 +174,6 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def bfl_homes(config: dict[str, Any]) -> dict[str, Home]:
     """Where each of those weights is in a BFL file; together they are all of the file."""
-    config = DEFAULTS | config
     shape = _shape(config)
     whole = {place.weight: place.stop for place in diffusers_places(shape).values()}
     homes = {}

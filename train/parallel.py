@@ -81,3 +81,13 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
     parts = together.split([gradient.numel() for gradient in gradients])
     whole = [part.view_as(old) for part, old in zip(parts, gradients, strict=True)]
     torch._foreach_copy_(gradients, whole)
+
+
+@torch.no_grad()
+def agree(parameters: Sequence[nn.Parameter], *, device: torch.device) -> None:
+    """Let all processes have the first one's values, wherever each keeps them."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            value = parameter.detach().to(device, copy=True)
+            dist.broadcast(value, src=0)
+            parameter.copy_(value)

@@ -5,7 +5,7 @@ by `budget`; what the base is, `facts` says. Each figure is computed from shapes
 here says that it is assumed. Bytes and seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 from data_tools.buckets import Geometry
 from train import budget, footprint
 from train.base import DTYPES, MAX_TEXT_TOKENS
-from train.budget import Decision, Footprint
+from train.budget import Choice, Decision, Footprint
 from train.config import Config, LoraConfig
 from train.facts import Facts
 from train.footprint import Step
 from train.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
 from train.meter import Meter, gpu_kernels
 from train.texts import SCALED
-from train.validate import DRIFT_LEVELS
+from train.validate import DRIFT_STEPS
 
 PROCESS = 4 * 10**9
 """Assumed, not measured yet: RAM of the process, with torch, diffusers and batches read ahead."""
@@ -216,10 +216,14 @@ def _load(case: Case) -> Phase:
 
 
 def _train(case: Case) -> Phase:
-    train, need = case.config.train, case.decision.need
-    one = case.gpu and step_seconds(case)
+    config, train, need = case.config, case.config.train, case.decision.need
+    one = case.gpu and step_seconds(
+        case.facts.transformer, case.step, case.metered, case.decision.choice, gpu=case.gpu
+    )
     seconds = one and one * train.accumulate * train.steps
-    state = case.metered.parameters * (budget.WEIGHT + budget.STATE[case.config.optim.name])
+    averages = train.ema is not None or config.optim.name == "schedulefree"
+    parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own
+    state = case.metered.parameters * (parts * budget.WEIGHT + budget.STATE[config.optim.name])
     due = train.steps // train.checkpoint_every + 1
     disk = int(state * min(due, train.keep_checkpoints + 1))
     note = f"most in {need.where}"
@@ -231,9 +235,10 @@ def _validation(case: Case) -> list[Phase]:
     if settings.pictures == "off":
         return []
     passes = settings.max_pictures * settings.sigmas
-    passes += len(settings.neutral_prompts) * DRIFT_LEVELS
+    passes += len(settings.neutral_prompts) * DRIFT_STEPS
     rounds = train.steps // (settings.every or train.checkpoint_every) + 2
-    work = sum(forward_work(case.facts, replace(case.step, batch_size=1))) * passes * rounds
+    single = replace(case.step, batch_size=1)
+    work = sum(forward_work(case.facts.transformer, single)) * passes * rounds
     taken = case.between + case.meters.forward(case.config.lora, case.step)
     seconds = case.gpu and work / _rate(case.gpu)
     note = f"{rounds} checks of up to {passes} passes"
@@ -251,7 +256,7 @@ def _previews(case: Case) -> list[Phase]:
     passing = case.meters.forward(case.config.lora, step)
     times = preview.steps * (2 if case.facts.klein and preview.guidance > 1 else 1)
     count = (case.config.train.steps // preview.every + 2) * len(preview.prompts)
-    work = count * (times * sum(forward_work(case.facts, step)) + work)
+    work = count * (times * sum(forward_work(case.facts.transformer, step)) + work)
     return [
         Phase(
             "previews",
@@ -264,22 +269,22 @@ def _previews(case: Case) -> list[Phase]:
     ]
 
 
-def step_seconds(case: Case) -> float:
-    """One batch, forward and backward, by its operations.
+def step_seconds(
+    config: Mapping[str, Any], step: Step, metered: Footprint, choice: Choice, *, gpu: Gpu
+) -> float:
+    """One batch, forward and backward, by its operations. config: see `forward_work`.
 
     Frozen weights take two passes (forward, and the gradient of the input), attention three and a
     half, and each recomputed block another forward. Restoring quantised weights moves them through
     the GPU's memory each time. Streaming runs beside it, and counts where it takes longer.
     """
-    gpu, metered, choice, step = case.gpu, case.metered, case.decision.choice, case.step
-    assert gpu is not None
-    matrices, attention = forward_work(case.facts, step)
+    matrices, attention = forward_work(config, step)
     again = len(choice.recomputed) / max(1, len(metered.blocks))
     work = matrices * (2 + again) + attention * (3.5 + again)
     seconds = work / _rate(gpu)
     if step.quantize != "none":
         in_blocks = metered.weights - metered.others
-        plain = _block_parameters(case.facts) * step.dtype.itemsize
+        plain = _block_parameters(config) * step.dtype.itemsize
         seconds += (2 + again) * (in_blocks + 2 * plain) / gpu.bandwidth
     away = budget.streamed(metered, resident=choice.resident)
     moved = 2 * sum(block.weights for block in away)
@@ -288,13 +293,12 @@ def step_seconds(case: Case) -> float:
     return max(seconds, moved / (gpu.link * LINK_SHARE))
 
 
-def forward_work(facts: Facts, step: Step) -> tuple[float, float]:
+def forward_work(config: Mapping[str, Any], step: Step) -> tuple[float, float]:
     """Operations of a forward pass: matrix products of the frozen weights, attention.
 
-    A double block has 13 D² weights for pictures' tokens and as many for the text's, a single one
-    13 D² for all; attention is 4 S² D a block.
+    config: the arguments of Flux2Transformer2DModel. A double block has 13 D² weights for pictures'
+    tokens and as many for the text's, a single one 13 D² for all; attention is 4 S² D a block.
     """
-    config = facts.transformer
     width = config["attention_head_dim"] * config["num_attention_heads"]
     tokens = step.target.tokens + sum(size.tokens for size in step.references) + step.text_tokens
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -302,8 +306,7 @@ def forward_work(facts: Facts, step: Step) -> tuple[float, float]:
     return matrices * step.batch_size, 4.0 * tokens**2 * width * blocks * step.batch_size
 
 
-def _block_parameters(facts: Facts) -> int:
-    config = facts.transformer
+def _block_parameters(config: Mapping[str, Any]) -> int:
     width = config["attention_head_dim"] * config["num_attention_heads"]
     return (26 * config["num_layers"] + 13 * config["num_single_layers"]) * width**2
 

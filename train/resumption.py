@@ -37,8 +37,9 @@ FREE_TO_CHANGE = (
 )
 """Settings that a resumed run may have otherwise."""
 
-FIXED = ("base.*", "lora.*", "optim.name")
-"""Settings without which the checkpoint's weights mean nothing. All others need a yes."""
+FIXED = ("base.*", "lora.*", "optim.name", "optim.lora_plus", "optim.betas")
+"""Settings without which the checkpoint's weights or the optimizer's state mean nothing. All others
+need a yes."""
 
 ACCEPT = "--accept-changes"
 

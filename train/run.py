@@ -18,13 +18,14 @@ from train import (
     automatic,
     config_load,
     encode_text,
-    export_run,
     loop,
+    optim,
     parallel,
     resumption,
     sample,
     texts,
 )
+from train.adapters import export_run
 from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
@@ -56,6 +57,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
     """
     ends = {"begin": time.time()}
     accelerator = parallel.accelerator()
+    optim.require(config.optim)
     folder = Path(config.output) / config.name
     saved, said = resumption.find(
         folder, config, resume=resume, accept=accept, world=accelerator.num_processes
@@ -138,6 +140,8 @@ def describe(config: Config, base: Base, prepared: Prepared, *, world: int) -> s
         f"cache: {prepared.encoded} entries made" if prepared.encoded else "cache: all there",
         encode_text.describe(captions, keys=prepared.keys, cache=prepared.cache),
     ]
+    if export_run.weights_of(config) != "last":
+        lines.append(f"previews, checks and the export show the {export_run.weights_of(config)}")
     sources = dict(prepared.trial.sources) if prepared.trial else {}
     sources |= {
         r.caption: r.caption_source for one in prepared.sets for r in one.collection.records
@@ -217,7 +221,13 @@ def _build(
         place = memory.place(torch.device("cpu") if sharded else device)
         transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
     assembled = assemble.assemble(
-        transformer, config, memory=memory, device=device, dtype=base.dtype, sharded=sharded
+        transformer,
+        config,
+        memory=memory,
+        device=device,
+        dtype=base.dtype,
+        sharded=sharded,
+        start=saved.start if saved else None,
     )
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0
@@ -264,6 +274,7 @@ def _build(
         folder=folder,
         origin=origin,
         watch=validator and Watch(validator, tracker=tracker),
+        start=assembled.start,
     )
     if saved:
         trainer.restore(saved)
@@ -285,7 +296,9 @@ def _write_facts(folder: Path, config: Config) -> None:
     """The resolved config and what it ran on, beside the run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / export_run.CONFIG).write_text(config_load.dump(config), encoding="utf-8")
-    facts = {package: version(package) for package in PACKAGES}
+    extra = optim.PACKAGES.get(config.optim.name)
+    packages = (*PACKAGES, extra) if extra else PACKAGES
+    facts = {package: version(package) for package in packages}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

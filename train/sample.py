@@ -87,9 +87,11 @@ def draw(
     return pictures
 
 
-def save_all(pictures: Sequence[Image.Image], folder: Path, *, step: int) -> list[Path]:
-    """Write previews as step-000100-0.png, step-000100-1.png, ..."""
-    paths = [folder / f"step-{step:06d}-{number}.png" for number in range(len(pictures))]
+def save_all(
+    pictures: Sequence[Image.Image], folder: Path, *, step: int, label: str = ""
+) -> list[Path]:
+    """Write previews as step-000100-0.png, step-000100-1.png, ...; the label follows the number."""
+    paths = [folder / f"step-{step:06d}-{number}{label}.png" for number in range(len(pictures))]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for picture, path in zip(pictures, paths, strict=True):

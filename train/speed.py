@@ -28,9 +28,9 @@ BACKENDS = {
 """diffusers' names. Its `_flash_3` isn't one of them: that has no backward pass."""
 
 GRAPHS = 32
-"""Graphs that a block class may have. Measured: the double block needs 2 a family of shapes (the
-first block's input has no gradient), and there are 2 families (the first shape, all others), times
-2 for batches of one, and 2 for previews."""
+"""Graphs that a block class may have. Measured: the class that comes first, so the double block,
+needs 2 a family of shapes (the first block's input has no gradient) and the single block 1; there
+are 2 families (the first shape, all others), times 2 for batches of one; and 2 for previews."""
 
 HEAD_WIDTH, SAMPLE_TOKENS = 128, 256
 """Of the tensors that kernels are asked about."""

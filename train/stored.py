@@ -29,6 +29,9 @@ DTYPES = {
 }
 """safetensors' names."""
 
+HEADER_BYTES = 100_000_000
+"""safetensors' own limit; more is something else's first bytes."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -69,7 +72,7 @@ def read_header(path: Path, *, where: str) -> tuple[dict[str, Stored], dict[str,
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        text = file.read(length) if length <= size - 8 else b""
+        text = file.read(length) if length <= min(size - 8, HEADER_BYTES) else b""
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})

@@ -6,6 +6,7 @@ Owns the model, the optimizer and their accelerate wrappers. When each method ru
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from train import checkpoint, lora, objective, optim, parallel, randomness, sample
+from train.average import Average, Ema, ScheduleFree
 from train.base import Base
 from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
@@ -23,6 +25,7 @@ from train.config import Config
 from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
+from train.lora import Adapter
 from train.order import Mixture, Showing
 from train.track import Tracker
 from train.validate import Model
@@ -69,6 +72,7 @@ class Trainer:
         folder: Path,
         origin: Origin,
         watch: Watch | None = None,
+        start: Adapter | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -77,9 +81,12 @@ class Trainer:
         self._previews, self._tracker, self._watch = previews, tracker, watch
         self._folder = folder
         self._origin = origin
-        self._transformer = transformer.train()
+        self._transformer, self._start = transformer.train(), start
         self._parameters = lora.trainable(transformer)
-        self._optimizer = optim.build_optimizer(config.optim, self._parameters)
+        self._optimizer = optim.build_optimizer(
+            config.optim, self._parameters, up=lora.trainable_up(transformer)
+        )
+        self._average = self._new_average()
         embedded = transformer.config.guidance_embeds
         self._guidance = config.flow.guidance if embedded else None
         self._pending: Pending | None = None
@@ -108,7 +115,7 @@ class Trainer:
         accelerator, config = self._accelerator, self._config
         self._optimizer.zero_grad(set_to_none=True)
         lr = config.optim.lr * optim.rate(config.optim, step=done - 1, steps=config.train.steps)
-        optim.set_rate(self._optimizer, lr)
+        optim.set_rate(self._optimizer, lr, lora_plus=config.optim.lora_plus)
         total = torch.zeros((), device=accelerator.device)
         for portion in batch:
             total += self._backward(portion)
@@ -118,7 +125,10 @@ class Trainer:
         details = _named("grad_norm", lora.gradient_norms(self._transformer)) if shown else {}
         norm = nn.utils.clip_grad_norm_(self._parameters, config.optim.max_grad_norm)
         self._optimizer.step()
-        details |= _named("lora_norm", lora.update_norms(self._transformer)) if shown else {}
+        if self._average is not None:
+            self._average.update(done)
+        if shown and self._start is None:  # PiSSA's is the norm of a difference, kept on the CPU
+            details |= _named("lora_norm", lora.update_norms(self._transformer))
         self._settle()
         wish = total.new_full((), self.wish.signal is not None)
         sums = accelerator.reduce(torch.stack([total, wish]), "sum")
@@ -130,6 +140,7 @@ class Trainer:
             arrived.record()
         names = [name for portion in batch for name in portion.batch.names]
         now = time.monotonic()
+        lr = optim.used_rate(config.optim, self._optimizer)
         facts = {"lr": lr, "epoch": self._epoch(done), "seconds": now - self._clock}
         self._clock = now
         self._pending = Pending(done, names, figures, list(details), arrived, facts)
@@ -142,10 +153,16 @@ class Trainer:
         if self._accelerator.is_main_process:
             settings = self._config.model_dump(mode="json")
             progress = Progress(done, settings, self._origin, self._world, checks)
+            average = None
+            if self._average is not None:
+                with self._average.shown():
+                    average = lora.read(self._transformer, self._config.lora)
             content = Checkpoint(
                 progress,
                 lora.read(self._transformer, self._config.lora),
                 self._optimizer.state_dict(),
+                average=average,
+                start=self._start,
             )
             keep = self._config.train.keep_checkpoints
             checkpoint.save(self._folder / "checkpoints", content, keep=keep, best=best)
@@ -154,8 +171,12 @@ class Trainer:
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of the same config and data."""
+        if self._average is not None:
+            average = saved.average or saved.adapter  # train.ema may be new
+            lora.write(self._transformer, average)
+            self._average.restart()
         lora.write(self._transformer, saved.adapter)
-        self._optimizer.load_state_dict(saved.optimizer)
+        optim.restore(self._optimizer, saved.optimizer)
         if self._watch:
             self._watch.restore(saved.progress.checks, step=saved.progress.step)
 
@@ -164,16 +185,19 @@ class Trainer:
         self._settle()
         main = self._accelerator.is_main_process
         if self._previews.requests and (main or parallel.is_sharded(self._accelerator)):
-            pictures = sample.draw(
-                self._base,
-                self._transformer,
-                self._previews.requests,
-                empty_text=self._previews.empty_text,
-                steps=self._config.preview.steps,
-                guidance=self._config.preview.guidance,
-            )
+            with self._shown():
+                pictures = sample.draw(
+                    self._base,
+                    self._transformer,
+                    self._previews.requests,
+                    empty_text=self._previews.empty_text,
+                    steps=self._config.preview.steps,
+                    guidance=self._config.preview.guidance,
+                )
             if main:
-                sample.save_all(pictures, self._previews.folder, step=done)
+                averaged = self._average is not None and self._config.export.weights == "average"
+                label = "-average" if averaged else ""
+                sample.save_all(pictures, self._previews.folder, step=done, label=label)
                 self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
@@ -183,13 +207,26 @@ class Trainer:
         self._settle()
         if self._watch:
             self._check_weights(done)
-            self._watch.check(done, Model(self._transformer, self._base.dtype, self._guidance))
+            with self._shown():
+                self._watch.check(done, Model(self._transformer, self._base.dtype, self._guidance))
         self._clock = time.monotonic()
 
     def finish(self) -> None:
         """Report the last step."""
         self._settle()
         self._tracker.close()
+
+    def _new_average(self) -> Average | None:
+        if self._config.optim.name == "schedulefree":
+            return ScheduleFree(self._parameters, optimizer=self._optimizer)
+        decay = self._config.train.ema
+        return None if decay is None else Ema(self._parameters, decay=decay)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are exported (export.weights)."""
+        if self._average is None or self._config.export.weights == "last":
+            return nullcontext()
+        return self._average.shown()
 
     @property
     def stopping(self) -> bool:

@@ -35,15 +35,16 @@ def load(
     cache: folder to keep a quantised copy in, and to take it from. Raises ConfigError for weights
     that aren't this transformer's.
     """
-    if files.quantize == "none" or cache is None:
+    if cache is None or not _is_work(files):
         return _assemble(files, _from_source(files, device), place)
     folder = kept.place(cache, digest=files.digest(FileDigests(cache / DIGESTS)))
     if folder.is_dir():
         try:
             return _assemble(files, kept.read(folder, device), place)
         except CheckpointError as error:
-            tqdm.write(f"{error}. It is made anew.")
-            kept.remove(folder)
+            tqdm.write(f"{folder}: this quantised copy of the base is {error}; it is made anew")
+        kept.remove(folder)
+    kept.sweep(cache)
     tensors = _from_source(files, device)
     size = sum(p.nbytes for p in empty(files).parameters())
     if kept.has_room(folder, size):
@@ -83,13 +84,13 @@ def _assemble(
     for name, tensor in bar:
         slot = slots.pop(name, None)
         if slot is None or (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(f"{name}: not a tensor of this model")
+            raise CheckpointError(f"another model's ({name} doesn't fit)")
         module, _, attribute = name.rpartition(".")
         placed = tensor if place is None else tensor.to(place(name))
         parameter = nn.Parameter(placed, requires_grad=False)
         setattr(model.get_submodule(module), attribute, parameter)
     if slots:
-        raise CheckpointError(f"{min(slots)} and {len(slots) - 1} more tensors are missing")
+        raise CheckpointError(f"another model's (it has no {min(slots)})")
     return model.requires_grad_(False).eval()
 
 
@@ -97,8 +98,7 @@ def _from_source(files: Files, device: torch.device) -> Iterator[tuple[str, Tens
     """The model's parameters from the base's files, on the device."""
     source = files.source()
     for name, weight in source.read_all():
-        is_linear = weight.values.ndim == 2 and lora.BLOCK_LINEAR.match(name)
-        if files.quantize == "none" or not is_linear:
+        if files.quantize == "none" or not _is_block_linear(name, weight.values.shape):
             yield name, weight.to(device).dense(files.dtype)
             continue
         state = _packed(weight.to(device), files.quantize)
@@ -106,6 +106,19 @@ def _from_source(files: Files, device: torch.device) -> Iterator[tuple[str, Tens
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ConfigError(f"{source.pieces[name].stored.file}: {name} isn't all numbers")
             yield f"{name.removesuffix('weight')}{part}", tensor
+
+
+def _is_work(files: Files) -> bool:
+    """Whether anything has to be quantised; a scaled fp8 file is in kind fp8 as it is."""
+    if files.quantize != "fp8":
+        return files.quantize != "none"
+    pieces = files.source().pieces.items()
+    linears = [piece.stored for name, piece in pieces if _is_block_linear(name, piece.stored.shape)]
+    return any(stored.dtype != "F8_E4M3" for stored in linears)
+
+
+def _is_block_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and lora.BLOCK_LINEAR.match(name) is not None
 
 
 def _packed(weight: Weight, kind: str) -> dict[str, Tensor]:

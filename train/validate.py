@@ -10,6 +10,7 @@ Shape suffixes as in `batch`, and P pictures, S noise levels.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from train.config import FlowConfig, ValidationConfig
 from train.data import Example
 from train.verdict import Check
 
-DRIFT_LEVELS = 4
-"""Noise levels of each neutral prompt."""
+DRIFT_STEPS = 5
+"""Steps of a way from noise to a picture, for each neutral prompt."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Trial:
 
     def describe(self, validation: ValidationConfig, *, every: int) -> list[str]:
         """What a check is of and what it costs, for the console."""
-        passes = len(self.examples) * validation.sigmas + len(self.neutral) * DRIFT_LEVELS
+        passes = len(self.examples) * validation.sigmas + len(self.neutral) * DRIFT_STEPS
         kind = "held out, never trained:" if self.held_out else "none held out; training loss of"
         what = f"{kind} {self.origin}"
         return [f"validation: {what}", f"  {passes} passes forward every {every} steps"]
@@ -64,7 +65,8 @@ class Model:
 
 
 class Validator:
-    """Makes checks. Keeps the base's velocities at the neutral prompts, 2 MB each at 1024x1024."""
+    """Makes checks. Keeps the base's ways at the neutral prompts: 37 MB of RAM each on dev at
+    1024x1024, with the prompt's embedding."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class Validator:
         self._cache, self._flow, self._levels = cache, flow, levels
         self._batch_size = batch_size
         self._accelerator = accelerator
-        self._base: dict[int, Tensor] = {}
+        self._ways: dict[int, list[tuple[Batch, Tensor]]] = {}
 
     @property
     def digest(self) -> str:
@@ -91,7 +93,7 @@ class Validator:
     @property
     def sigmas(self) -> list[float]:
         """Of each noise level, the mean over pictures: sizes have shifts of their own."""
-        levels = [self._sigmas(example, count=self._levels) for example in self.trial.examples]
+        levels = [self._sigmas(example) for example in self.trial.examples]
         return torch.stack(levels).mean(0).tolist()
 
     @torch.no_grad()
@@ -109,30 +111,65 @@ class Validator:
         """The loss of each picture at each noise level, (P, S), fp32, on the CPU."""
 
         def measure(number: int) -> Tensor:
-            example = self.trial.examples[number]
-            batches = self._batches(example, "validation", number, count=self._levels)
-            return torch.cat([self._loss(model, batch) for batch in batches])
+            rows = [
+                objective.losses(
+                    model.transformer, batch, dtype=model.dtype, guidance=model.guidance
+                )
+                for batch in self._batches(number)
+            ]
+            return torch.cat(rows)
 
         return self._table(measure, rows=len(self.trial.examples), width=self._levels)
 
     def drift(self, model: Model) -> float:
         """RMS difference of the adapter's velocities to the base's, over the RMS of the latter.
 
-        Each neutral prompt is put to one of the pictures, noised.
+        Along the ways that the base itself takes from noise to a picture at the neutral prompts,
+        since that is where a sampler would ask. Noised pictures of the subject won't do: a good
+        adapter knows those without a prompt.
         """
         count = len(self.trial.neutral)
-        if not self._base:
+        if not self._ways:
             with lora.disabled(model.transformer):
                 for number, _ in self._turns(count):
-                    self._base[number] = self._velocities(model, number).cpu()
+                    self._ways[number] = self._way(model, number)
 
         def measure(number: int) -> Tensor:
-            base = self._base[number].to(self._accelerator.device)
-            moved = self._velocities(model, number) - base
-            return torch.stack([moved.square().mean(), base.square().mean()])
+            squares = torch.zeros(2, device=self._accelerator.device)
+            for batch, velocity in self._ways[number]:
+                base = velocity.to(self._accelerator.device)
+                moved = self._predict(model, batch) - base
+                squares += torch.stack([moved.square().mean(), base.square().mean()])
+            return squares
 
         moved, base = self._table(measure, rows=count, width=2).double().sum(0).tolist()
         return (moved / base) ** 0.5
+
+    def _way(self, model: Model, number: int) -> list[tuple[Batch, Tensor]]:
+        """Of Euler's steps from noise at a neutral prompt: where, and the velocity there; on the
+        CPU.
+        """
+        example = self.trial.examples[0]
+        shape = data.read(example, cache=self._cache).pictures[0].shape
+        text_LJ = texts.get(self._cache, self.trial.neutral[number])
+        place = torch.randn((1, *shape), generator=randomness.generator("drift", number))
+        factor = flow.shift_factor(self._flow, tokens=example.tokens)
+        sigmas = flow.shifted(torch.linspace(1, 0, DRIFT_STEPS + 1), factor=factor)
+        way = []
+        for now, later in pairwise(sigmas):
+            batch = Batch(
+                latents_BDhw=torch.zeros(()).expand(place.shape),
+                noise_BDhw=place / now,  # so that the model sees `place` itself
+                weight_Bhw=torch.ones(1, *shape[1:]),
+                sigma_B=now[None],
+                text_BLJ=text_LJ[None],
+                references=(),
+                names=("neutral prompt",),
+            )
+            velocity = self._predict(model, batch).cpu()
+            way.append((batch, velocity))
+            place = place + (later - now) * velocity
+        return way
 
     def _table(self, measure: Any, *, rows: int, width: int) -> Tensor:
         """Rows from all processes. To add zeros changes no bit."""
@@ -154,47 +191,31 @@ class Validator:
         for first in range(0, count, world):
             yield min(first + rank, count - 1), first + rank < count
 
-    def _loss(self, model: Model, batch: Batch) -> Tensor:
-        return objective.losses(
-            model.transformer, batch, dtype=model.dtype, guidance=model.guidance
+    def _predict(self, model: Model, batch: Batch) -> Tensor:
+        return objective.predict(
+            model.transformer,
+            batch.to(self._accelerator.device),
+            dtype=model.dtype,
+            guidance=model.guidance,
         )
 
-    def _velocities(self, model: Model, number: int) -> Tensor:
-        """At a neutral prompt, (DRIFT_LEVELS, D, h, w)."""
-        example = self.trial.examples[number % len(self.trial.examples)]
-        text = texts.get(self._cache, self.trial.neutral[number])
-        batches = self._batches(example, "drift", number, count=DRIFT_LEVELS, text_LJ=text)
-        return torch.cat(
-            [
-                objective.predict(
-                    model.transformer, batch, dtype=model.dtype, guidance=model.guidance
-                )
-                for batch in batches
-            ]
-        )
+    def _sigmas(self, example: Example) -> Tensor:
+        return flow.quantile_sigmas(self._flow, tokens=example.tokens, count=self._levels)
 
-    def _sigmas(self, example: Example, *, count: int) -> Tensor:
-        return flow.quantile_sigmas(self._flow, tokens=example.tokens, count=count)
-
-    def _batches(
-        self, example: Example, use: str, number: int, *, count: int, text_LJ: Tensor | None = None
-    ) -> Iterator[Batch]:
-        """A picture at `count` noise levels, each with noise of its own.
-
-        text_LJ: in place of the caption's.
-        """
+    def _batches(self, number: int) -> Iterator[Batch]:
+        """A picture at all noise levels, each with noise of its own, on the device."""
+        example = self.trial.examples[number]
         row = data.read(example, cache=self._cache)
         clean = row.pictures[0]
-        text = row.text_LJ if text_LJ is None else text_LJ
-        sigmas = self._sigmas(example, count=count)
+        sigmas = self._sigmas(example)
         noise = [
             torch.randn(
                 clean.shape,
-                generator=randomness.generator(use, example.pictures[0], number, level),
+                generator=randomness.generator("validation", example.pictures[0], number, level),
             )
-            for level in range(count)
+            for level in range(self._levels)
         ]
-        for first in range(0, count, self._batch_size):
+        for first in range(0, self._levels, self._batch_size):
             part = slice(first, first + self._batch_size)
             size = len(sigmas[part])
 
@@ -206,7 +227,7 @@ class Validator:
                 noise_BDhw=torch.stack(noise[part]),
                 weight_Bhw=repeated(row.weight_hw),
                 sigma_B=sigmas[part],
-                text_BLJ=repeated(text),
+                text_BLJ=repeated(row.text_LJ),
                 references=tuple(map(repeated, row.pictures[1:])),
                 names=(example.name,) * size,
             )

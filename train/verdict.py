@@ -105,8 +105,12 @@ class Change:
     pictures: int
 
     def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, sign: str) -> str:
+        """sign: "+" shows it on positive means too."""
         error = "" if self.error is None else f" ± {self.error:.5f}"
-        return f"{self.mean:.5f}{error}"
+        return f"{self.mean:{sign}.5f}{error}"
 
     @property
     def rises(self) -> bool:
@@ -153,10 +157,7 @@ def overfits(history: History) -> bool:
     if not history.held_out or len(checks) < 3:
         return False
     lowest = min(range(len(checks)), key=lambda number: checks[number].loss)
-    if lowest >= len(checks) - 2:
-        return False
-    latest = checks[-2:]
-    if not all(change(check, since=checks[lowest]).rises for check in latest):
+    if not all(change(check, since=checks[lowest]).rises for check in checks[-2:]):
         return False
     known = [check.training_loss for check in checks[lowest:] if check.training_loss is not None]
     return len(known) > 1 and _mean(known[-2:]) < known[0]

@@ -113,7 +113,7 @@ class Report:
         kind = "held-out loss" if self._history.held_out else "training loss at fixed noise"
         line = f"step {check.step}: {kind} {self._loss}"
         if self._gain:
-            line += f", to the base {_signed(self._gain)}"
+            line += f", to the base {self._gain:+}"
         if check.drift is not None:
             line += f"; drift {check.drift:.2%}"
         lines = [f"{line}; {seconds:.1f} s", f"  by sigma: {self._by_sigma()}"]
@@ -131,10 +131,6 @@ class Report:
         rise = verdict.change(self._check, since=lowest)
         return (
             f"overfit alarm: the held-out loss is {rise} above its lowest, at step {lowest.step}, "
-            "for the second check in a row, while the training loss has fallen. Training goes on; "
+            "and so was the check before, while the training loss has fallen. Training goes on; "
             "fewer steps, a lower rank or more pictures would help."
         )
-
-
-def _signed(change: verdict.Change) -> str:
-    return f"{'+' if change.mean >= 0 else ''}{change}"

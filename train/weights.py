@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from train.cache import FileDigests, key
 from train.errors import ConfigError, bullet_list
 from train.names import Home
 from train.stored import Stored, ahead, read_header
+
+CLASS = "Flux2Transformer2DModel"
+"""diffusers' name of it."""
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -42,6 +46,9 @@ MARKER = "scaled_fp8"
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """Of ComfyUI's quantised formats, those that are read."""
 
+FLUX1_MARKS = {"vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"}
+"""In BFL's names and in diffusers'; FLUX.2 has no pooled text."""
+
 LORA_MARKS = (".lora_", "_lora.", ".lokr_", ".hada_", ".oft_", ".dora_scale", ".alpha")
 
 
@@ -51,7 +58,7 @@ class Weight:
 
     values: Tensor
     scale: Tensor | None
-    """fp32, (1, 1) or (rows, 1): what fp8 values have to be multiplied by."""
+    """fp32, 1 or as many rows, of as many dimensions as values: what those are multiplied by."""
 
     def to(self, device: torch.device) -> "Weight":
         """On another device, in the stored type."""
@@ -76,7 +83,7 @@ class Piece:
         """On the CPU."""
         scale = None
         if self.scale is not None:
-            scale = self.scale.read().float().reshape(-1, 1)
+            scale = self.scale.read().float().reshape(-1, *(1 for _ in self.stored.shape[1:]))
             if self.home.rows and len(scale) > 1:
                 scale = scale[slice(*self.home.rows)]
         values = self.stored.read(self.home.rows)
@@ -90,7 +97,6 @@ class Piece:
 class Source:
     """A transformer's weights, checked to be all there."""
 
-    files: tuple[Path, ...]
     pieces: dict[str, Piece]
     """By diffusers' name of the weight."""
 
@@ -116,11 +122,20 @@ class Files:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What config.json says. Raises ConfigError if it can't be read."""
+        """What config.json says. Raises ConfigError if that isn't a transformer of FLUX.2."""
         try:
-            return json.loads(self.config.read_text(encoding="utf-8"))
+            settings = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"base.model: {self.config} can't be read ({error})") from None
+        found = settings.get("_class_name") if isinstance(settings, dict) else None
+        if found != CLASS:
+            raise ConfigError(f"base.model: {self.config} is of {found or 'no class'}, not {CLASS}")
+        if "quantization_config" in settings:
+            raise ConfigError(
+                f"base.model: {self.config.parent} is quantised already, in a format that isn't "
+                "read. Take the base in bf16; base.quantize makes it smaller."
+            )
+        return names.DEFAULTS | settings
 
     def source(self) -> Source:
         """The weights, checked. Raises ConfigError for anything that isn't whole."""
@@ -162,7 +177,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Source:
             raise ConfigError(f"{where}: {twice[0]} is in two of its files.")
         stored |= more
         metadata |= notes
-    return Source(tuple(files), _pieces(where, stored, metadata, config))
+    return Source(_pieces(where, stored, metadata, config))
 
 
 def open_file(path: Path, config: dict[str, Any]) -> Source:
@@ -173,7 +188,7 @@ def open_file(path: Path, config: dict[str, Any]) -> Source:
     """
     where = f"base.transformer: {path}"
     stored, metadata = read_header(path, where=where)
-    return Source((path,), _pieces(where, stored, metadata, config))
+    return Source(_pieces(where, stored, metadata, config))
 
 
 def _pieces(
@@ -193,16 +208,18 @@ def _pieces(
     used = {home.key for home in homes.values()}
     unknown = by_key.keys() - used - set(scales.values()) - unused
     unknown |= {scales[key] for key in scales.keys() - used}
-    faults = [f"{key} isn't there" for key in sorted(used - by_key.keys())]
-    faults += [f"{original.get(k, k)} has no place in the model" for k in sorted(unknown)]
+    missing = [f"{key} isn't there" for key in sorted(used - by_key.keys())]
+    homeless = [f"{original.get(k, k)} has no place in the model" for k in sorted(unknown)]
+    misfits: list[str] = []
     pieces = {}
     for name, shape in shapes.items():
         key = homes[name].key
         if key in by_key:
             scale = by_key[scales[key]] if key in scales else None
             pieces[name] = Piece(by_key[key], scale, homes[name])
-            faults += _misfits(name, shape, key, pieces[name], has_scales=bool(scales))
-    if faults:
+            misfits += _misfits(name, shape, key, pieces[name], has_scales=bool(scales))
+    turns = zip_longest(missing, homeless, misfits)  # so that the first few show all kinds
+    if faults := [fault for turn in turns for fault in turn if fault]:
         title = f"{where}: not the weights of this base's transformer:"
         raise ConfigError(bullet_list(title, faults, limit=8))
     return pieces
@@ -250,8 +267,8 @@ def _refuse_others(where: str, by_key: dict[str, Stored]) -> None:
             f"{where}: this is an adapter, not a base (it has {lora[0]}). Give the base here; "
             "an adapter is made by training."
         )
-    if "vector_in.in_layer.weight" in by_key:
-        raise ConfigError(f"{where}: this is FLUX.1 (it has vector_in); give FLUX.2's file.")
+    if flux1 := FLUX1_MARKS & by_key.keys():
+        raise ConfigError(f"{where}: this is FLUX.1 (it has {min(flux1)}); give FLUX.2's file.")
     if not {"img_in.weight", "x_embedder.weight"} & by_key.keys():
         example = min(by_key, default="nothing")
         raise ConfigError(

@@ -24,11 +24,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_run(shared: Path, dev_folder: Path) -> TrainRun:
     """Train the run of a name, all with one cache; returns its folder."""
 
-    def train(name: str, *, pictures: str = "mixed", resume: bool = False, **sections) -> Path:
+    def train(
+        name: str,
+        *,
+        pictures: str = "mixed",
+        resume: bool = False,
+        accept: bool = False,
+        **sections,
+    ) -> Path:
         config = runs.make_config(
             shared / name, model=dev_folder, pictures=shared / pictures, **sections
         )
-        run.run(config, resume=resume)
+        run.run(config, resume=resume, accept=accept)
         return runs.run_folder(config)
 
     return train

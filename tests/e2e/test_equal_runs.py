@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import runs
+from tests import runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import offload
+from train import checkpoint, lora, offload
+from train.adapters import export, export_run, files
+from train.average import ema_decay
 from train.errors import ConfigError
 from train.track import Tracker
 
@@ -40,6 +43,11 @@ RUNS = {
     "dropout": {"lora": {"dropout": 0.2}},
     # rank 32 has tensors of 4096 elements and more, whose moments are in 8 bits
     "adamw8bit": {"optim": {"name": "adamw8bit"}, "lora": {"rank": 32}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lora_plus": 4.0}},
+    "prodigy": {"optim": {"name": "prodigy", "lr": 1.0, "schedule": "cosine", "restarts": 1}},
+    "ema and pissa": {"train": {"ema": 0.9}, "lora": {"init": "pissa"}},
+    # which streams the frozen half of the adapter, too
+    "streamed pissa": {"lora": {"init": "pissa"}, "memory": {"resident_blocks": 1}},
     "bf16": {"base": {"dtype": "bf16"}},
     "gradient checkpointing": {
         "memory": {"gradient_checkpointing": "all"},
@@ -49,7 +57,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, crash_at):
+def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, crash_at, monkeypatch):
     """Crashed after step 7, resumed from the checkpoint of step 5."""
     sections = {**RUNS[name], "data": {"flip": True, "caption_dropout": 0.3}}
     sections["train"] = {**sections.get("train", {}), "steps": 10, "checkpoint_every": 5}
@@ -57,8 +65,97 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
     crash_at(7)
     with pytest.raises(CrashError):
         train_run(f"{name} resumed", **sections)
+    monkeypatch.setattr(lora, "PISSA_ITERATIONS", 5)  # as if the SVD rounded otherwise now
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "schedulefree"])
+def test_looking_at_the_average_changes_no_bit(optim, train_run: TrainRun):
+    """Previews and checkpoints at every step, and none before the last."""
+    average = {} if optim == "schedulefree" else {"ema": 0.9}
+    folders = []
+    for every in (1, 4):
+        sections = {"optim": {"name": optim}, "train": {"checkpoint_every": every, **average}}
+        preview = {"prompts": ("a",), "every": every, "width": 64, "height": 64, "steps": 1}
+        folders.append(train_run(f"{optim} every {every}", preview=preview, **sections))
+    runs.assert_same_run(*folders)
+    names = sorted(path.name for path in (folders[0] / "previews").iterdir())
+    assert names == [f"step-00000{step}-0-average.png" for step in range(5)]
+
+
+EXPORTS = {
+    "ema": {"train": {"ema": 0.5}},
+    "ema, last": {"train": {"ema": 0.5}, "export": {"dtype": "fp32", "weights": "last"}},
+    "schedulefree": {"optim": {"name": "schedulefree", "lr": 1e-2}},
+    "rslora and pissa": {"lora": {"rslora": True, "alpha": 3.0, "init": "pissa", "rank": 4}},
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_folder: Path):
+    """Its updates are the average's, the last weights' or the sum of PiSSA's two branches."""
+    folder = train_run(f"export {name}", **EXPORTS[name])
+    saved = checkpoint.load(runs.last_checkpoint(folder))
+    found = export.read(folder / "tiny.safetensors")
+    certificate = json.loads((folder / "tiny.certificate.json").read_text())
+    assert certificate["passed"], certificate["reasons"]
+    for number, module in enumerate(lora.block_linears(tiny.transformer(guidance=True))):
+        wanted = saved.adapter.delta(module)
+        if name == "ema":
+            assert saved.average is not None
+            assert not torch.allclose(saved.average.delta(module), wanted, rtol=0.01)
+            wanted = saved.average.delta(module)
+        elif name == "schedulefree":  # x of Defazio et al. 2024, from y and z
+            beta, states = 0.9, saved.optimizer["state"]
+            pairs = zip((saved.adapter.down, saved.adapter.up), (0, 1), strict=True)
+            x = [w[module].lerp(states[2 * number + i]["z"], 1 - 1 / beta) for w, i in pairs]
+            assert not torch.allclose(x[1] @ x[0], wanted, rtol=0.01)
+            wanted = x[1] @ x[0]
+        elif name == "rslora and pissa":
+            assert saved.start is not None
+            wanted = wanted + saved.start.delta(module)
+        torch.testing.assert_close(found.delta(module), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_checks_see_the_average(train_run: TrainRun, monkeypatch):
+    """With an average that never moves, every check is of the untrained adapter."""
+    monkeypatch.setattr("train.average.ema_decay", lambda decay, *, done: 1.0)
+    validation = {"pictures": "training", "every": 1, "max_pictures": 4}
+    folders = [
+        train_run(f"checks {name}", train={"steps": 2, **train}, validation=validation)
+        for name, train in {"average": {"ema": 0.9}, "last": {}}.items()
+    ]
+    rows = [(folder / "validation.jsonl").read_text().splitlines() for folder in folders]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in rows]
+    assert len(set(losses[0])) == 1
+    assert len(set(losses[1])) == len(losses[1]) == 3
+
+
+def test_an_average_can_begin_at_a_resume(train_run: TrainRun):
+    train_run("late", train={"steps": 2})
+    folder = train_run("late", train={"steps": 3, "ema": 0.5}, resume=True, accept=True)
+    before, after = checkpoint.list_checkpoints(folder / "checkpoints")
+    kept = ema_decay(0.5, done=3)
+    saved, was = checkpoint.load(after), checkpoint.load(before).adapter
+    assert saved.average is not None
+    for module, up in saved.average.up.items():
+        torch.testing.assert_close(
+            up, torch.lerp(was.up[module], saved.adapter.up[module], 1 - kept)
+        )
+
+
+def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path: Path):
+    folder = train_run("other weights", train={"ema": 0.5, "steps": 2})
+    output = tmp_path / "last.safetensors"
+    assert export_run.main([str(folder), "--weights", "last", "--output", str(output)]) == 0
+    saved = checkpoint.load(runs.last_checkpoint(folder))
+    found, metadata = export.read(output), files.load(output)[1]
+    assert metadata["kindling.weights"] == "last"
+    for module, down in saved.adapter.down.items():
+        assert torch.equal(found.down[module], down)
+    published = files.load(folder / "tiny.safetensors")[1]
+    assert published["kindling.weights"] == "average (ema 0.5)"
 
 
 def test_several_data_sets_resume_to_the_bit(train_run: TrainRun, shared: Path, crash_at):
@@ -108,23 +205,29 @@ def test_streaming_changes_no_bit(train_run: TrainRun, monkeypatch):
     assert certificate["passed"]
 
 
-@pytest.mark.parametrize(("budget", "said"), [(None, "4 of 4"), (0.012, "2 of 4")])
-def test_auto_changes_no_bit(
-    train_run: TrainRun, monkeypatch, capsys, budget: float | None, said: str
-):
-    """In 12 MB, all of it torch's, half of the tiny base's activations fit."""
-    monkeypatch.setattr("train.budget.CONTEXT", 0)
-    plain = train_run(f"all kept {budget}", train={"steps": 3})
-    auto = {"gradient_checkpointing": "auto", "resident_blocks": "auto", "budget_gb": budget}
-    capsys.readouterr()
-    runs.assert_same_run(plain, train_run(f"auto {budget}", train={"steps": 3}, memory=auto))
-    assert f"memory: {said} blocks recomputed, all resident" in capsys.readouterr().out
+AUTO = {"resident_blocks": "auto", "gradient_checkpointing": "auto"}
 
 
-def test_a_limit_that_nothing_fits_is_an_error(train_run: TrainRun):
-    memory = {"resident_blocks": "auto", "budget_gb": 0.5}
-    with pytest.raises(ConfigError, match=r"memory: the smallest .* `kindling plan` says"):
-        train_run("small", memory=memory)
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (None, "memory: 4 of 4 blocks recomputed, all resident (no limit known"),
+        (0.612, "memory: 2 of 4 blocks recomputed, all resident (0.6 GB"),
+        (9.0, "memory: 0 of 4 blocks recomputed, all resident (9.0 GB"),
+    ],
+)
+def test_auto_is_decided_and_said_and_changes_no_bit(train_run: TrainRun, capfd, budget, said):
+    plain = train_run(f"without auto {budget}", train={"steps": 3})
+    name = f"auto {budget}"
+    auto = train_run(name, train={"steps": 3}, memory={**AUTO, "budget_gb": budget})
+    assert said in capfd.readouterr().out
+    assert runs.adapter_change(plain, auto) == 0
+    assert runs.metrics(plain) == runs.metrics(auto)
+
+
+def test_auto_that_cannot_fit_is_an_error_before_anything_is_loaded(train_run: TrainRun):
+    with pytest.raises(ConfigError, match=r"takes 0\.6 GB of GPU memory, and there are 0\.1"):
+        train_run("too small", memory={**AUTO, "budget_gb": 0.1})
 
 
 def test_two_batches_of_one_equal_one_of_two(train_run: TrainRun):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, export_run, run
+from train import checkpoint, run
+from train.adapters import export_run
 from train.errors import CheckpointError, Stopped
 from train.track import Tracker
 from train.trainer import Trainer
@@ -184,7 +185,7 @@ def test_overfitting_is_said_and_recorded(falls, made_up, train_run, capfd, monk
     monkeypatch.setattr(Watch, "trained", lambda self, _: note(self, next(losses)))
     folder = train_run(f"alarm {falls}", **sections())
     assert [row["overfits"] for row in checks(folder)] == [False, False, False, falls]
-    alarm = "overfit alarm: the held-out loss is 0.20000 ± 0.00000 above its lowest, at step 2, for"
+    alarm = "overfit alarm: the held-out loss is 0.20000 ± 0.00000 above its lowest, at step 2, and"
     assert (alarm in capfd.readouterr().err) == falls
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import tiny
-from train import comfyui, lora
+from train import lora
 from train.lora import Adapter
+from train.names import Shape, diffusers_places
 
 State = dict[str, Tensor]
 BARE_PARTS = {"scheduler": None, "vae": None, "text_encoder": None, "tokenizer": None}
@@ -48,11 +49,11 @@ def alphas(adapter: Adapter, names: Callable[[str], str]) -> State:
 
 
 def bfl_layout(
-    adapter: Adapter, shape: comfyui.Shape, *, kohya: bool, down: str, up: str, alpha: bool
+    adapter: Adapter, shape: Shape, *, kohya: bool, down: str, up: str, alpha: bool
 ) -> State:
     """BFL names, q, k and v fused into one: rank 3r, block-diagonal up."""
     state: State = {}
-    places = comfyui.diffusers_places(shape)
+    places = diffusers_places(shape)
     for weight in shape.weights():
         modules = [m for m, place in places.items() if place.weight == weight]
         stem = weight.removesuffix(".weight")

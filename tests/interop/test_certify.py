@@ -10,7 +10,8 @@ import torch
 
 from tests.interop import common
 from tests.interop.common import State
-from train import certify, export
+from train.adapters import certify, export
+from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError
 from train.lora import Adapter
 
@@ -232,3 +233,18 @@ def test_the_certificate_lies_beside_its_file(dev: Any, adapter: Adapter, tmp_pa
     assert target == tmp_path / "mika.certificate.json"
     assert json.loads(target.read_text(encoding="utf-8")) == certificate
     assert sorted(p.name for p in tmp_path.iterdir()) == [target.name, path.name]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_exported_layout_passes(
+    layout: str, dtype: torch.dtype, dev: Any, adapter: Adapter, tmp_path: Path
+) -> None:
+    path = tmp_path / "good.safetensors"
+    export.write(adapter, path, dtype=dtype, metadata={}, layout=layout)
+    certificate = certify.certify(path, adapter=adapter, pipeline=dev)
+    assert (certificate["reasons"], certificate["passed"]) == ([], True)
+    tensors = certificate["file"]["tensors"]
+    assert [certificate[loader]["keys_used"] for loader in ("diffusers", "comfyui")] == [
+        tensors
+    ] * 2

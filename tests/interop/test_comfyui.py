@@ -1,13 +1,16 @@
 """Our reading of ComfyUI against diffusers' own conversions between BFL's names and its own."""
 
+import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_flux2_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
 from tests.interop import common
-from train import comfyui
-from train.comfyui import Place, Shape
+from train.adapters import comfyui
+from train.adapters.updates import LowRank
+from train.names import Place, Shape, diffusers_places
 
+UP, DOWN = torch.ones(8, 2), torch.ones(2, 8)
 SHAPE = Shape(width=8, double=2, single=3)
 DEV = Shape(width=6144, double=8, single=48)
 
@@ -18,7 +21,7 @@ def test_places_are_those_of_the_single_file_conversion() -> None:
         for weight, (rows, columns) in SHAPE.weights().items()
     }
     converted = convert_flux2_transformer_checkpoint_to_diffusers(dict(numbered))
-    places = comfyui.diffusers_places(SHAPE)
+    places = diffusers_places(SHAPE)
     assert {f"{module}.weight" for module in places} == set(converted)
     for module, place in places.items():
         rows = converted[f"{module}.weight"][:, 0].tolist()
@@ -26,7 +29,7 @@ def test_places_are_those_of_the_single_file_conversion() -> None:
 
 
 def test_places_are_those_of_the_lora_conversion() -> None:
-    places = comfyui.diffusers_places(SHAPE)
+    places = diffusers_places(SHAPE)
     for number, (weight, (rows, columns)) in enumerate(SHAPE.weights().items()):
         name = f"diffusion_model.{weight.removesuffix('.weight')}"
         up = torch.arange(rows)[:, None] + 0.0
@@ -44,7 +47,7 @@ def test_places_are_those_of_the_lora_conversion() -> None:
 
 def test_shapes_are_those_of_the_real_transformer() -> None:
     transformer = common.pipeline("dev").transformer
-    places = comfyui.diffusers_places(Shape.of(transformer))
+    places = diffusers_places(Shape.of(transformer))
     for module, place in places.items():
         weight = transformer.get_submodule(module).weight
         assert tuple(weight.shape) == (place.stop - place.start, place.columns)
@@ -52,16 +55,16 @@ def test_shapes_are_those_of_the_real_transformer() -> None:
 
 def test_dev_has_the_known_number_of_weights() -> None:
     sizes = DEV.weights()
-    assert len(comfyui.diffusers_places(DEV)) == 192
+    assert len(diffusers_places(DEV)) == 192
     assert sizes["single_blocks.47.linear1.weight"] == (55296, 6144)
     assert sum(16 * (rows + columns) for rows, columns in sizes.values()) < 100.7e6
-    places = comfyui.diffusers_places(DEV).values()
+    places = diffusers_places(DEV).values()
     parameters = sum(16 * (p.stop - p.start + p.columns) for p in places)
     assert round(parameters / 1e6, 1) == 100.7
 
 
 def test_query_key_and_value_are_thirds_of_the_fused_weight() -> None:
-    places = comfyui.diffusers_places(DEV)
+    places = diffusers_places(DEV)
     fused = "double_blocks.3.txt_attn.qkv.weight"
     assert places["transformer_blocks.3.attn.add_k_proj"] == Place(fused, 6144, 12288, 6144)
 
@@ -107,7 +110,51 @@ def test_patches_on_overlapping_rows_add_up() -> None:
 def test_what_it_does_not_compute_is_named() -> None:
     name = "transformer.transformer_blocks.0.attn.to_q"
     state = pair(name, 8, 8) | {f"{name}.dora_scale": torch.ones(8, 1)}
-    state |= {"transformer.transformer_blocks.1.ff.linear_in.lokr_w1": torch.ones(2, 2)}
+    state |= {"transformer.transformer_blocks.1.ff.linear_in.hada_w1_a": torch.ones(2, 2)}
     reading = comfyui.read(state, SHAPE)
     assert len(reading.not_computed) == 2
     assert not reading.ignored
+
+
+def test_an_up_half_alone_stops_its_loader_and_a_down_half_alone_does_not() -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    up, down = ({f"{name}.lora_{h}.weight": t} for h, t in (("B", UP), ("A", DOWN)))
+    assert "KeyError" in (comfyui.read(up, SHAPE).refusal or "")
+    assert comfyui.read(down, SHAPE).refusal is None
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 3.0])
+def test_lokr_is_scaled_by_the_rank_of_its_low_rank_side(alpha: float | None) -> None:
+    name = "lycoris_transformer_blocks_0_attn_to_q"
+    state = {"lokr_w1": 2 * torch.ones(2, 2), "lokr_w2_a": UP[:4], "lokr_w2_b": DOWN[:, :4]}
+    state |= {} if alpha is None else {"alpha": torch.tensor(alpha)}
+    reading = comfyui.read({f"{name}.{key}": value for key, value in state.items()}, SHAPE)
+    (place, update), *_ = reading.patches.items()
+    assert (place.start, place.stop, update.size) == (0, 8, (8, 8))
+    assert update.scale == (1.0 if alpha is None else alpha / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("lora_unet_img_in", True),
+        ("diffusion_model.time_in.in_layer", True),
+        ("transformer.proj_out", True),
+        ("transformer.time_guidance_embed.timestep_embedder.linear_1", False),
+        ("transformer.double_stream_modulation_img.linear", False),
+    ],
+)
+def test_outside_the_blocks(name: str, known: bool) -> None:
+    reading = comfyui.read(pair(name, 6, 8), SHAPE)
+    assert (len(reading.used), len(reading.ignored)) == ((2, 0) if known else (0, 2))
+
+
+def test_the_final_modulation_is_swapped_by_diffusers_name_only() -> None:
+    up, down = torch.arange(8.0)[:, None], torch.ones(1, 8)
+    found = []
+    for name in ("transformer.norm_out.linear", "diffusion_model.final_layer.adaLN_modulation.1"):
+        state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        (update,) = comfyui.read(state, SHAPE).patches.values()
+        assert isinstance(update, LowRank)
+        found.append(update.up[:, 0].tolist())
+    assert found == [[4.0, 5, 6, 7, 0, 1, 2, 3], [0.0, 1, 2, 3, 4, 5, 6, 7]]

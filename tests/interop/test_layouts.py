@@ -1,74 +1,100 @@
-"""The table of layouts and loaders: what each does with each, executed."""
+"""The table of layouts and loaders: what each does with each, executed; and that certifying says
+so, and converting mends it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.interop import common
-from train import certify, comfyui, export
+from tests.interop import common, layouts
+from train.adapters import certify, comfyui, examine, export, files
+from train.adapters.convert import convert
+from train.adapters.source import Source
+from train.adapters.write import LAYOUTS
+from train.errors import CheckpointError
 from train.lora import Adapter
+from train.names import Shape, diffusers_places
 
-EXACT = dict.fromkeys(("diffusers", "comfyui"), 1.0)
+PARTLY = "partly"
+EXACT = (1.0, 1.0)
 
-TABLE = {
+TABLE: dict[str, tuple[Any, Any]] = {
     "export": EXACT,
-    "peft, alpha only in metadata": {"diffusers": 1.0, "comfyui": 2.0},
+    "export, comfyui": EXACT,
+    "export, kohya": EXACT,
     "peft, folded": EXACT,
-    "peft, folded, with alpha tensors": {"diffusers": ValueError, "comfyui": 0.5},
-    "peft, with alpha tensors": {"diffusers": ValueError, "comfyui": 1.0},
-    "bare, folded": {"diffusers": None, "comfyui": 1.0},
-    "diffusion_model. before diffusers names": {"diffusers": 1.0, "comfyui": None},
-    "base_model.model. before diffusers names": {"diffusers": 1.0, "comfyui": None},
-    "lora_transformer_ with alpha": {"diffusers": None, "comfyui": 1.0},
+    "peft, alpha only in metadata": (1.0, 2.0),
+    "peft, rsLoRA in metadata": (1.0, 2.0),
+    "peft, alpha_pattern in metadata": (1.0, 2.0),
+    "peft, two ranks": EXACT,
+    "peft, folded, with alpha tensors": (ValueError, 0.5),
+    "peft, with alpha tensors": (ValueError, 1.0),
+    "peft, .default.weight": (None, 1.0),
+    "transformer., lora_down with alpha": (None, 1.0),
+    "transformer., lora.down, folded": EXACT,
+    "transformer., lora_linear_layer, folded": (IndexError, 1.0),
+    "bare, folded": (None, 1.0),
+    "unet. before diffusers names": (None, None),
+    "diffusion_model. before diffusers names": (1.0, None),
+    "diffusion_model.sformer_blocks": (1.0, None),
+    "base_model.model. before diffusers names": (1.0, None),
+    "base_model.model. before BFL names": (1.0, None),
+    "base_model.model.transformer.": (ValueError, None),
+    "lora_transformer_ with alpha": (None, 1.0),
+    "lycoris_ with alpha": (None, 1.0),
+    "lora_unet_ before diffusers names": (None, None),
     "BFL, lora_A": EXACT,
-    "BFL, lora_down with alpha": {"diffusers": None, "comfyui": 1.0},
+    "BFL, lora_A, one down": EXACT,
+    "BFL, lora_A with alpha": (ValueError, 1.0),
+    "BFL, lora_down with alpha": (None, 1.0),
+    "BFL, attn_qkv for attn.qkv": (ValueError, PARTLY),
+    "BFL, bare": (None, None),
+    "BFL, bare, with alpha": (ValueError, None),
+    "BFL, model.diffusion_model.": (None, None),
     "kohya": EXACT,
+    "kohya, one down": EXACT,
+    "kohya without alpha": EXACT,
+    "kohya with lora_A": (None, 1.0),
+    "peft beside a text encoder's": EXACT,
+    "kohya beside a text encoder's": EXACT,
+    "BFL beside a text encoder's": (ValueError, 1.0),
 }
-"""Strength that a loader applies; None: it loads nothing and raises nothing."""
+"""Strength that diffusers and ComfyUI apply, of what alpha / rank * up @ down is; None: it loads
+nothing and raises nothing."""
+
+MEANT = dict.fromkeys(TABLE, 1.0) | {"peft, folded, with alpha tensors": 0.5}
+"""What a file says of itself, as Kindling reads it."""
+
+BESIDE = [name for name in TABLE if "beside" in name]
 
 
-def write_layout(name: str, adapter: Adapter, shape: comfyui.Shape, path: Path) -> Path:
-    """A file as the program that uses this layout writes it."""
-
-    def underscored(module: str) -> str:
-        return f"lora_transformer_{module.replace('.', '_')}"
-
-    metadata = None
-    if name == "export":
-        export.write(adapter, path, dtype=torch.float32, metadata={})
-        return path
-    if name == "peft, alpha only in metadata":
-        state = common.peft_layout(adapter, fold=False)
-        metadata = common.peft_metadata(adapter, alpha=adapter.alpha)
-    elif name == "peft, folded":
-        state = common.peft_layout(adapter)
-    elif name in ("peft, folded, with alpha tensors", "peft, with alpha tensors"):
-        state = common.peft_layout(adapter, fold="folded" in name)
-        state |= common.alphas(adapter, lambda m: f"transformer.{m}")
-    elif name == "bare, folded":
-        state = common.peft_layout(adapter, prefix="")
-    elif name.endswith("before diffusers names"):
-        state = common.peft_layout(adapter, prefix=name.split()[0])
-    elif name == "lora_transformer_ with alpha":
-        state = common.alphas(adapter, underscored)
-        state |= {f"{underscored(m)}.lora_down.weight": a for m, a in adapter.down.items()}
-        state |= {f"{underscored(m)}.lora_up.weight": b for m, b in adapter.up.items()}
-    else:
-        halves = ("lora_A", "lora_B") if name == "BFL, lora_A" else ("lora_down", "lora_up")
-        state = common.bfl_layout(
-            adapter,
-            shape,
-            kohya=name == "kohya",
-            down=halves[0],
-            up=halves[1],
-            alpha=name != "BFL, lora_A",
-        )
-    return common.save(state, path, metadata)
+@pytest.fixture(scope="module")
+def dev() -> Any:
+    return common.pipeline("dev")
 
 
-def deltas_in_diffusers(path: Path, pipeline: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def base(dev: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    dev.transformer.save_config(folder / "transformer")
+    return str(folder)
+
+
+def write(layout: str, transformer: Any, folder: Path) -> tuple[Adapter, Path]:
+    """A random adapter, as it was trained and as a file."""
+    path = folder / "a.safetensors"
+    if not layout.startswith("export"):
+        adapter = layouts.adapter_for(layout, transformer)
+        return adapter, layouts.write(layout, adapter, Shape.of(transformer), path)
+    adapter = common.random_adapter(transformer)
+    kind = layout.rpartition(", ")[2].replace("export", "diffusers")
+    export.write(adapter, path, dtype=torch.float32, metadata={}, layout=kind)
+    return adapter, path
+
+
+def in_diffusers(path: Path, pipeline: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
     try:
         factors = {m: certify.loaded_factors(pipeline.transformer, m) for m in adapter.down}
@@ -77,41 +103,110 @@ def deltas_in_diffusers(path: Path, pipeline: Any, adapter: Adapter) -> dict[str
     return {m: up @ down for m, (up, down) in factors.items()}
 
 
-def assert_strength(
-    adapter: Adapter, deltas: dict[str, torch.Tensor], strength: float | None
-) -> None:
+def in_comfyui(path: Path, shape: Shape) -> dict[str, torch.Tensor]:
+    reading = comfyui.read(files.load(path)[0], shape)
+    places = diffusers_places(shape)
+    factors = {module: reading.factors(place) for module, place in places.items()}
+    return {module: up @ down for module, (up, down) in factors.items()}
+
+
+def as_meant(path: Path) -> dict[str, torch.Tensor]:
+    groups = Source(path).walk()
+    factors = {module: update.factors() for _, group in groups for module, update in group.items()}
+    return {module: up @ down for module, (up, down) in factors.items()}
+
+
+def assert_strength(adapter: Adapter, deltas: dict[str, torch.Tensor], strength: Any) -> None:
     for module in adapter.down:
-        wanted = (strength or 0.0) * adapter.delta(module).double()
+        share = strength or 0.0
+        if strength == PARTLY:
+            share = 0.0 if ".attn." in module and "single" not in module else 1.0
+        wanted = share * adapter.delta(module).double()
         torch.testing.assert_close(deltas[module], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_table_is_whole() -> None:
+    assert set(TABLE) == {"export", "export, comfyui", "export, kohya", *layouts.LAYOUTS}
+    assert len(TABLE) >= 25
 
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 @pytest.mark.parametrize("layout", TABLE)
 def test_diffusers(layout: str, kind: str, tmp_path: Path) -> None:
     pipeline = common.pipeline(kind)
-    adapter = common.random_adapter(pipeline.transformer)
-    shape = comfyui.Shape.of(pipeline.transformer)
-    path = write_layout(layout, adapter, shape, tmp_path / "a.safetensors")
-    expected = TABLE[layout]["diffusers"]
-    if expected is ValueError:
-        with pytest.raises(ValueError, match="Invalid adapter checkpoint"):
-            deltas_in_diffusers(path, pipeline, adapter)
+    adapter, path = write(layout, pipeline.transformer, tmp_path)
+    expected = TABLE[layout][0]
+    if isinstance(expected, type):
+        with pytest.raises(expected):
+            in_diffusers(path, pipeline, adapter)
     else:
-        assert_strength(adapter, deltas_in_diffusers(path, pipeline, adapter), expected)
+        assert_strength(adapter, in_diffusers(path, pipeline, adapter), expected)
 
 
 @pytest.mark.parametrize("layout", TABLE)
-def test_comfyui(layout: str, tmp_path: Path) -> None:
-    transformer = common.pipeline("dev").transformer
-    adapter, shape = common.random_adapter(transformer), comfyui.Shape.of(transformer)
-    path = write_layout(layout, adapter, shape, tmp_path / "a.safetensors")
-    tensors, _ = export.load(path)
-    reading = comfyui.read(tensors, shape)
-    expected = TABLE[layout]["comfyui"]
-    places = comfyui.diffusers_places(shape)
-    factors = {m: reading.factors(places[m]) for m in adapter.down}
-    assert_strength(adapter, {m: up @ down for m, (up, down) in factors.items()}, expected)
-    if expected is None:
-        assert (reading.used, set(reading.ignored)) == ([], set(tensors))
-    else:
-        assert (set(reading.used), reading.ignored) == (set(tensors), [])
+def test_comfyui(layout: str, dev: Any, tmp_path: Path) -> None:
+    adapter, path = write(layout, dev.transformer, tmp_path)
+    assert_strength(adapter, in_comfyui(path, Shape.of(dev.transformer)), TABLE[layout][1])
+
+
+@pytest.mark.parametrize("layout", TABLE)
+def test_the_meaning_is_read(layout: str, dev: Any, tmp_path: Path) -> None:
+    adapter, path = write(layout, dev.transformer, tmp_path)
+    assert_strength(adapter, as_meant(path), MEANT[layout])
+
+
+@pytest.mark.parametrize("layout", TABLE)
+def test_certifying_says_what_the_table_says(
+    layout: str, dev: Any, base: str, tmp_path: Path
+) -> None:
+    _, path = write(layout, dev.transformer, tmp_path)
+    report = examine.examine(path, base=base)
+    json.dumps(report, allow_nan=False)
+    for loader, expected in zip(("diffusers", "comfyui"), TABLE[layout], strict=True):
+        verdict = report[loader]
+        nothing = expected is None or isinstance(expected, type)
+        assert verdict["loads"] is not nothing
+        if isinstance(expected, type):
+            assert verdict["reasons"][0].startswith(
+                f"its loader refuses the file: {expected.__name__}"
+            )
+        if isinstance(expected, float):
+            assert verdict["strength"] == pytest.approx(expected / MEANT[layout], abs=1e-3)
+        exact = expected == MEANT[layout] and layout not in BESIDE
+        assert (verdict["exact"], bool(verdict["reasons"])) == (exact, not exact)
+        assert set(verdict["keys"]) == set(files.File(path).tensors)
+    assert report["passed"] is (report["diffusers"]["exact"] and report["comfyui"]["exact"])
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("layout", sorted(set(TABLE) - set(BESIDE)))
+def test_converting_gives_a_file_that_both_load(
+    layout: str, to: str, dev: Any, tmp_path: Path
+) -> None:
+    adapter, path = write(layout, dev.transformer, tmp_path)
+    output = tmp_path / "converted.safetensors"
+    outcome, _ = convert(path, output, to=to)
+    assert outcome.error < 1e-6
+    assert_strength(adapter, in_diffusers(output, dev, adapter), MEANT[layout])
+    assert_strength(adapter, in_comfyui(output, Shape.of(dev.transformer)), MEANT[layout])
+
+
+@pytest.mark.parametrize("layout", BESIDE)
+def test_converting_loses_no_key_silently(layout: str, dev: Any, tmp_path: Path) -> None:
+    _, path = write(layout, dev.transformer, tmp_path)
+    with pytest.raises(CheckpointError, match="is no key of a known layout"):
+        convert(path, tmp_path / "converted.safetensors", to="diffusers")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("layout", layouts.NEEDS_ONE_DOWN)
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_fusing_what_was_fused_keeps_its_rank(
+    layout: str, to: str, dev: Any, tmp_path: Path
+) -> None:
+    adapter, path = write(layout, dev.transformer, tmp_path)
+    split, fused = tmp_path / "split.safetensors", tmp_path / "fused.safetensors"
+    convert(path, split, to="diffusers")
+    convert(split, fused, to=to)
+    shapes = [s.shape for key, s in files.File(fused).tensors.items() if "qkv" in key]
+    assert {min(shape) for shape in shapes if len(shape) == 2} == {adapter.rank}

@@ -4,13 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
 
-from tests import tiny
+from tests import bfl, tiny
 from train import base
 from train.config import BaseConfig
 from train.errors import ConfigError, MachineError, UserError
@@ -135,47 +134,6 @@ def test_what_can_be_no_repository():
     )
 
 
-def refusal(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-    """As the hub's client raises it."""
-    response = httpx.Response(
-        403, request=httpx.Request("GET", f"https://huggingface.co/{REPOSITORY}")
-    )
-    return kind("refused", response=response)
-
-
-HUB_ANSWERS = {
-    "gated": (
-        refusal(errors.GatedRepoError),
-        f"base.model: {REPOSITORY} is gated. Accept its licence on huggingface.co/{REPOSITORY}, "
-        "then log in on this machine with `hf auth login` (or set HF_TOKEN).",
-    ),
-    "missing": (
-        refusal(errors.RepositoryNotFoundError),
-        f"base.model: {REPOSITORY} isn't on the hub, or is private and this login can't see it. "
-        f"Check its name on huggingface.co/{REPOSITORY}, and `hf auth login`.",
-    ),
-    "revision": (
-        refusal(errors.RevisionNotFoundError),
-        f"base.model: {REPOSITORY} has no such base.revision; "
-        f"its revisions are listed on huggingface.co/{REPOSITORY}.",
-    ),
-    "no index": (
-        refusal(errors.RemoteEntryNotFoundError),
-        f"base.model: {REPOSITORY} has no model_index.json. It must be a whole diffusers "
-        f"repository; what it holds is listed on huggingface.co/{REPOSITORY}.",
-    ),
-    "offline": (
-        errors.LocalEntryNotFoundError("not cached"),
-        f"base.model: {REPOSITORY} isn't on this machine and the hub can't be reached. Connect "
-        "once, or unset HF_HUB_OFFLINE, or give base.model a local diffusers folder.",
-    ),
-    "other": (
-        refusal(errors.HfHubHTTPError),
-        f"base.model: the hub refused {REPOSITORY}: refused. `kindling doctor` checks the login.",
-    ),
-}
-
-
 def raising(error: Exception):
     """A function that raises it whatever it is given."""
 
@@ -183,14 +141,6 @@ def raising(error: Exception):
         raise error
 
     return call
-
-
-@pytest.mark.parametrize(("error", "message"), HUB_ANSWERS.values(), ids=HUB_ANSWERS)
-def test_what_the_hub_answers(monkeypatch, error, message):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(error))
-    with pytest.raises(MachineError) as caught:
-        base.resolve(BaseConfig(model=REPOSITORY))
-    assert str(caught.value) == message
 
 
 def test_without_a_network_the_real_client_raises_what_we_expect():
@@ -229,8 +179,42 @@ def test_parts_are_fetched_when_needed_all_of_the_commit_of_the_index(hub):
 
 def test_a_refusal_between_two_parts_is_explained_too(hub, monkeypatch):
     found = base.resolve(BaseConfig(model=REPOSITORY))
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", raising(refusal(errors.GatedRepoError))
-    )
-    with pytest.raises(MachineError, match="is gated"):
+    offline = raising(errors.LocalEntryNotFoundError("not cached"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(MachineError, match="the hub can't be reached"):
         found.folder("vae")
+
+
+def test_a_single_file_is_checked_when_the_base_is_found(dev_folder, tmp_path):
+    """Not hours later, when the prompts have been encoded."""
+    path = tmp_path / "x.safetensors"
+    config = {"model": str(dev_folder), "transformer": str(path)}
+    assert complaint(**config) == f"base.transformer: {path}: there is no file x.safetensors."
+    bfl.save({"x.lora_A.weight": torch.zeros(2)}, path)
+    assert "this is an adapter, not a base" in complaint(**config)
+    made = bfl.tensors(tiny.transformer(guidance=False))
+    bfl.save(made, path)
+    assert "guidance_in.in_layer.weight isn't there" in complaint(**config)
+    bfl.save(bfl.tensors(tiny.transformer(guidance=True)), path)
+    found = base.resolve(BaseConfig(**config, quantize="fp8"))
+    assert (found.transformer, found.quantize) == (path, "fp8")
+
+
+def test_of_a_hub_base_with_a_single_file_only_the_config_is_fetched(
+    dev_folder, tmp_path, monkeypatch
+):
+    path = bfl.save(bfl.tensors(tiny.transformer(guidance=True)), tmp_path / "x.safetensors")
+    fetched = []
+
+    def download(repository: str, name: str, *, revision: str | None) -> str:
+        target = tmp_path / COMMIT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dev_folder / name, target)
+        fetched.append((repository, name, revision))
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = base.resolve(BaseConfig(model=REPOSITORY, transformer=str(path)))
+    found.load_transformer(torch.device("cpu"))
+    config = (REPOSITORY, "transformer/config.json", COMMIT)
+    assert fetched == [(REPOSITORY, "model_index.json", None), config, config]

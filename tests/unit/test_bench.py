@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench, bench_data, bench_pictures, bench_report, bench_start
+from scripts import bench, bench_data, bench_options, bench_pictures, bench_report, bench_start
 
 
 @pytest.mark.parametrize(("text", "number"), [("60M", 60_000_000), ("1.5K", 1500), ("7", 7)])
 def test_counts(text: str, number: int) -> None:
-    assert bench.count(text) == number
+    assert bench_options.count(text) == number
 
 
 def test_a_wrong_count_is_named() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="'many' isn't a number"):
-        bench.count("many")
+        bench_options.count("many")
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:

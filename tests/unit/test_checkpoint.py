@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, rotated, equal to the bit."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -61,6 +62,30 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path, optimizer):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     torch.testing.assert_close(loaded.optimizer, saved.optimizer, rtol=0, atol=0)
+
+
+def test_an_average_and_a_start_are_saved_beside_the_adapter(tmp_path):
+    plain, other, third = (make(step) for step in (3, 4, 5))
+    whole = dataclasses.replace(plain, average=other.adapter, start=third.adapter)
+    path = checkpoint.save(tmp_path, whole, keep=1)
+    files = {"adapter", "average", "start"}
+    assert {file.stem for file in path.glob("*.safetensors")} == files
+    loaded = checkpoint.load(path)
+    for name in files:
+        ours, theirs = getattr(loaded, name), getattr(whole, name)
+        torch.testing.assert_close((ours.down, ours.up), (theirs.down, theirs.up), rtol=0, atol=0)
+    damage.flip_bit(path / "average.safetensors")
+    with pytest.raises(CheckpointError, match=r"average\.safetensors changed"):
+        checkpoint.load(path)
+
+
+def test_the_average_is_shown_where_there_is_one_and_wanted():
+    plain, other = make(3), make(4)
+    both = dataclasses.replace(plain, average=other.adapter)
+    assert both.shown("average") is other.adapter
+    assert both.shown("last") is plain.shown("average") is plain.adapter
+    started = dataclasses.replace(both, start=plain.adapter)
+    assert started.shown("average").rank == 2 * plain.adapter.rank
 
 
 def test_the_same_checkpoint_has_the_same_adapter_bytes(tmp_path):

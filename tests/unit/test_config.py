@@ -54,6 +54,85 @@ def test_scale_is_alpha_over_rank(alpha: float | None, scale: float) -> None:
     assert LoraConfig(rank=16, alpha=alpha).scale == scale
 
 
+def test_scale_of_rslora_is_alpha_over_the_root_of_the_rank() -> None:
+    assert LoraConfig(rank=16, alpha=8, rslora=True).scale == 2.0
+    assert problems(lora={"rslora": True}) == {
+        "lora.rslora": "needs lora.alpha: the strength is alpha / sqrt(rank)"
+    }
+
+
+@pytest.mark.parametrize(
+    ("optim", "messages"),
+    [
+        (
+            {"name": "adafactor", "betas": (0.9, 0.95), "eps": 1e-6},
+            {
+                "betas": "has no effect with name: adafactor; remove it",
+                "eps": "has no effect with name: adafactor; remove it",
+            },
+        ),
+        (
+            {"name": "muon", "betas": (0.9, 0.95)},
+            {"betas": "has no effect with name: muon; remove it"},
+        ),
+        (
+            {"name": "lion8bit", "eps": 1e-6},
+            {"eps": "has no effect with name: lion8bit; remove it"},
+        ),
+        ({"restarts": 2}, {"restarts": "has no effect with schedule: constant; remove it"}),
+        (
+            {"restarts": 2, "schedule": "linear"},
+            {"restarts": "has no effect with schedule: linear; remove it"},
+        ),
+        ({"floor": 0.1}, {"floor": "has no effect with schedule: constant; remove it"}),
+        (
+            {"name": "prodigy", "lora_plus": 16.0},
+            {
+                "lr": "is 0.0001, but prodigy finds the rate itself and takes this as a factor on "
+                "it; set 1.0",
+                "lora_plus": "prodigy has one rate for all weights; remove it",
+            },
+        ),
+        (
+            {"name": "schedulefree", "schedule": "cosine", "betas": (0.0, 0.9)},
+            {
+                "schedule": "is cosine, but schedulefree needs constant",
+                "betas": "the first can't be 0 with schedulefree, which averages by it",
+            },
+        ),
+    ],
+)
+def test_an_optimizer_takes_what_it_is_given_or_says_so(
+    optim: dict[str, object], messages: dict[str, str]
+) -> None:
+    assert problems(optim=optim) == {f"optim.{key}": text for key, text in messages.items()}
+
+
+def test_prodigy_takes_a_factor_around_1() -> None:
+    assert Config.model_validate(MINIMAL | {"optim": {"name": "prodigy", "lr": 0.5}})
+
+
+def test_averages_are_shown_only_where_there_are_any() -> None:
+    assert problems(export={"weights": "last"}) == {
+        "export.weights": "has no effect without train.ema; remove it"
+    }
+    free = {"name": "schedulefree"}
+    train = {"steps": 10, "ema": 0.9}
+    assert problems(optim=free, train=train, export={"weights": "last"}) == {
+        "train.ema": "isn't needed with optim.name: schedulefree, an average itself",
+        "export.weights": "must be average with optim.name: schedulefree: where it takes its "
+        "gradients is no place for pictures",
+    }
+    assert Config.model_validate(MINIMAL | {"train": train, "export": {"weights": "last"}})
+
+
+def test_pissa_needs_the_bases_own_weights() -> None:
+    assert problems(lora={"init": "pissa"}, base={"quantize": "nf4"}) == {
+        "lora.init": "pissa needs the base's own weights, not base.quantize: nf4; "
+        "remove one of the two"
+    }
+
+
 def test_settings_without_effect_are_refused_where_they_are() -> None:
     assert problems(flow={"sampling": "uniform", "mean": 1.0, "std": 2}) == {
         "flow.mean": "has no effect with sampling: uniform; remove it",

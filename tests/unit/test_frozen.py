@@ -17,6 +17,12 @@ ERRORS = {"fp8": 0.027, "int8": 0.009, "nf4": 0.095}
 """Largest error of a Gaussian weight of 256 columns, of its norm."""
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
+    """Else the graphs of one test count for the next."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(params=frozen.KINDS)
 def kind(request) -> str:
     """Each format."""
@@ -112,6 +118,13 @@ def test_checkpointing_and_compiling_change_no_bit(kind, fp8_matmul):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for other in (again, compiled):
         assert all(map(torch.equal, product(other, x, grad), wanted))
+
+
+def test_a_compiled_layer_takes_an_input_without_gradient(kind):
+    """As the first block's is: dynamo then traces the function in another way."""
+    layer, (x, _) = FrozenLinear.like(linear(), kind), batch()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x.detach()), layer(x.detach()))
 
 
 def test_compiling_keeps_no_unpacked_weight(kind):

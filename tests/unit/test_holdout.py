@@ -78,9 +78,9 @@ def test_twins_leave_room_for_the_others_in_a_fifth():
 
 
 def test_a_picture_whose_twin_is_in_another_set_is_trained():
-    digests, looks = [digest(i) for i in range(40)], [look(i % 20) for i in range(40)]
-    assert holdout.choose(digests, looks, own=20, wanted=4) == []
-    assert holdout.choose(digests, looks, own=40, wanted=4) != []
+    digests, looks = [digest(i) for i in range(120)], [look(i % 60) for i in range(120)]
+    assert holdout.choose(digests, looks, own=60, wanted=4) == []
+    assert len(holdout.choose(digests, looks, own=120, wanted=4)) == 4
 
 
 def test_twins_of_trained_pictures_are_found():

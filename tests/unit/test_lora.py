@@ -5,6 +5,7 @@ import re
 from functools import cache
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -162,6 +163,162 @@ def test_the_update_is_scale_times_up_times_down(alpha):
     added = module(x) - module.base_layer(x)
     torch.testing.assert_close(added, x @ adapter.delta(name).T, rtol=1e-4, atol=1e-4)
     assert adapter.scale == (1.0 if alpha is None else alpha / 4)
+
+
+def test_rslora_is_pefts():
+    """Ours sets the strength by alpha alone; peft's own switch gives the same output."""
+    ours, config = attached(rslora=True, alpha=3.0)
+    adapter = randomized(lora.read(ours, config))
+    lora.write(ours, adapter)
+    theirs = tiny.transformer(guidance=True)
+    targets = lora.block_linears(theirs)
+    theirs.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=targets),
+        adapter_name=lora.ADAPTER_NAME,
+    )
+    lora.write(theirs, adapter)
+    name, x = "single_transformer_blocks.1.attn.to_out", torch.randn(5, 128)
+    modules: list[Any] = [model.get_submodule(name) for model in (ours, theirs)]
+    outputs = [module(x) for module in modules]
+    assert torch.equal(*outputs)
+    assert adapter.scale == 1.5
+    base = modules[0].base_layer(x)
+    torch.testing.assert_close(outputs[0] - base, x @ adapter.delta(name).T, rtol=1e-4, atol=1e-4)
+
+
+def pissa(**settings) -> tuple[Any, LoraConfig]:
+    """A tiny transformer with a fresh PiSSA adapter of a strength other than 1."""
+    return attached(init="pissa", alpha=2.0, **settings)
+
+
+def test_pissa_starts_as_pefts_does_from_an_untouched_base():
+    """peft takes the start off the base; we leave the base and take it off the output."""
+    ours, theirs = (tiny.transformer(guidance=True) for _ in range(2))
+    targets = lora.block_linears(theirs)
+    before = {}
+    for name in targets:  # sizes as far apart as a trained base's, or two ways to an SVD part
+        left, sizes, right = torch.linalg.svd(ours.get_parameter(f"{name}.weight").data, False)
+        before[name] = left @ torch.diag(0.1 ** torch.arange(len(sizes))) @ right
+        for model in (ours, theirs):
+            model.get_parameter(f"{name}.weight").data = before[name].clone()
+    config = LoraConfig(rank=4, alpha=2.0, init="pissa")
+    lora.attach(ours, config, seed=0)
+    settings: Any = {"r": 4, "lora_alpha": 2, "init_lora_weights": "pissa"}
+    theirs.add_adapter(
+        peft.LoraConfig(**settings, target_modules=targets), adapter_name=lora.ADAPTER_NAME
+    )
+    adapter = lora.read(ours, config)
+    exact = lora.read(theirs, config)
+    for name in targets:
+        module: Any = ours.get_submodule(name)
+        assert torch.equal(module.base_layer.weight, before[name])
+        torch.testing.assert_close(adapter.delta(name), exact.delta(name), rtol=0, atol=1e-5)
+        for one, other in ((adapter.down, exact.down), (adapter.up, exact.up)):
+            torch.testing.assert_close(one[name].norm(), other[name].norm(), rtol=1e-3, atol=0)
+        x = torch.randn(5, module.in_features)
+        torch.testing.assert_close(module(x), module.base_layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pissa_trains_the_adapter_and_not_its_start():
+    ours, config = pissa()
+    names = [name for name, weight in ours.named_parameters() if weight.requires_grad]
+    assert names
+    assert all(f".{lora.ADAPTER_NAME}." in name for name in names)
+    assert {weight.dtype for weight in lora.trainable(ours)} == {torch.float32}
+    assert len(lora.trainable(ours)) == 2 * len(lora.read(ours, config).down)
+    assert len(lora.trainable_up(ours)) == len(lora.read(ours, config).up)
+
+
+def test_the_base_alone_is_seen_with_pissa_too_and_training_goes_on():
+    """peft would leave the frozen half trained after it."""
+    ours, _ = pissa()
+    name = "transformer_blocks.0.attn.to_q"
+    module: Any = ours.get_submodule(name)
+    trained = [n for n, weight in ours.named_parameters() if weight.requires_grad]
+    with torch.no_grad():
+        module.lora_B[lora.ADAPTER_NAME].weight.add_(1.0)
+    x = torch.randn(5, 32)
+    with lora.disabled(ours):
+        assert torch.equal(module(x), module.base_layer(x))
+    assert not torch.allclose(module(x), module.base_layer(x))
+    assert [n for n, weight in ours.named_parameters() if weight.requires_grad] == trained
+
+
+def test_a_start_that_is_given_is_taken():
+    ours, config = pissa()
+    start = lora.read_start(ours, config)
+    assert start is not None
+    given = moved(start, by=0.1)
+    transformer = tiny.transformer(guidance=True)
+    lora.attach(transformer, config, seed=0, start=given)
+    found = lora.read_start(transformer, config)
+    assert found is not None
+    torch.testing.assert_close((found.down, found.up), (given.down, given.up), rtol=0, atol=0)
+    numbers = sum(weight.numel() for weight in lora.start_parameters(transformer))
+    assert numbers == sum(weight.numel() for weight in lora.trainable(transformer))
+
+
+def moved(adapter: lora.Adapter, *, by: float) -> lora.Adapter:
+    """The adapter after some training."""
+    down = {n: w + by * w.std() * torch.randn_like(w) for n, w in adapter.down.items()}
+    up = {n: w + by * w.std() * torch.randn_like(w) for n, w in adapter.up.items()}
+    return lora.Adapter(down, up, adapter.rank, adapter.alpha)
+
+
+def test_with_its_start_pissa_is_a_plain_adapter_to_the_base():
+    ours, config = pissa(rslora=True)
+    trained = moved(lora.read(ours, config), by=0.1)
+    lora.write(ours, trained)
+    start = lora.read_start(ours, config)
+    assert start is not None
+    whole = lora.with_start(trained, start)
+    assert (whole.rank, whole.scale) == (8, trained.scale)
+    for name in lora.block_linears(tiny.transformer(guidance=True)):
+        module: Any = ours.get_submodule(name)
+        x = torch.randn(5, module.in_features)
+        added = module(x) - module.base_layer(x)
+        torch.testing.assert_close(added, x @ whole.delta(name).T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_update_of_pissa_survives_bf16():
+    """A thousandth of the start: rounded apart, the two products would lose it in their own."""
+    ours, config = pissa()
+    start, trained = lora.read_start(ours, config), moved(lora.read(ours, config), by=1e-3)
+    assert start is not None
+    whole = lora.with_start(trained, start)
+    rounded = lora.Adapter(
+        {n: w.bfloat16().float() for n, w in whole.down.items()},
+        {n: w.bfloat16().float() for n, w in whole.up.items()},
+        whole.rank,
+        whole.alpha,
+    )
+    for name in whole.down:
+        exact = trained.scale * (
+            trained.up[name].double() @ trained.down[name].double()
+            + start.up[name].double() @ start.down[name].double()
+        )
+        assert (rounded.delta(name) - exact).norm() < 0.01 * exact.norm()
+
+
+def test_pissa_on_weights_that_it_cannot_read_is_refused():
+    transformer: Any = tiny.transformer(guidance=True)
+    name = "transformer_blocks.0.attn.to_q"
+    weight = transformer.get_submodule(name).weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ConfigError) as caught:
+        lora.attach(transformer, LoraConfig(rank=4, init="pissa"), seed=0)
+    assert str(caught.value) == (
+        f"lora.init: pissa starts from the base's weights, but {name} is kept as float8_e4m3fn. "
+        "Remove it, or use a base in bf16."
+    )
+    transformer, config = tiny.transformer(guidance=True), LoraConfig(rank=33, init="pissa")
+    with pytest.raises(ConfigError) as caught:
+        lora.attach(transformer, config, seed=0)
+    assert str(caught.value) == (
+        f"lora.rank: 33 is more than the 32 directions that pissa finds in {name}. Lower it, or "
+        "remove lora.init."
+    )
 
 
 def test_reading_gives_back_what_was_written():

@@ -170,6 +170,6 @@ def test_held_out_pictures_are_in_no_batch(tmp_path, dev_folder, many):
     assert f"data: 20 pictures in {many}" in report
     assert re.search(
         rf"validation: held out, never trained: 4 of the 24 pictures in {many}\n"
-        r"  48 passes forward every 250 steps\n",
+        r"  52 passes forward every 250 steps\n",
         report,
     )

@@ -1,5 +1,6 @@
 """The measure, against a second one that is written out by hand; and that it touches nothing."""
 
+import itertools
 from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
@@ -15,7 +16,7 @@ from train.cache import Cache
 from train.config import FlowConfig, LoraConfig
 from train.data import Example, Rules
 from train.flow import quantile_sigmas, token_shift
-from train.validate import DRIFT_LEVELS, Model, Trial, Validator
+from train.validate import DRIFT_STEPS, Model, Trial, Validator
 
 SIZES = ((64, 48), (32, 32), (64, 48))
 LEVELS = 5
@@ -112,8 +113,8 @@ def velocity_by_hand(transformer: Any, clean, noise, *, sigma: float, text) -> t
     return unpacked[0]
 
 
-def noise_by_hand(clean, use: str, entry: str, number: int, level: int) -> torch.Tensor:
-    generator = randomness.generator(use, entry, number, level)
+def noise_by_hand(clean, number: int, level: int) -> torch.Tensor:
+    generator = randomness.generator("validation", f"aa{number}", number, level)
     return torch.randn(clean.shape, generator=generator)
 
 
@@ -131,7 +132,7 @@ def test_losses_are_those_written_out(cache):
             weight = weight / weight.mean()
         row = []
         for level, sigma in enumerate(sigmas_by_hand(width * height // 256, LEVELS)):
-            noise = noise_by_hand(clean, "validation", f"aa{number}", number, level)
+            noise = noise_by_hand(clean, number, level)
             moved = velocity_by_hand(found.transformer, clean, noise, sigma=sigma, text=text)
             row.append(((moved - (noise - clean)) ** 2 * weight).mean().item())
         table.append(row)
@@ -143,20 +144,25 @@ def test_losses_are_those_written_out(cache):
 
 @torch.no_grad()
 def test_drift_is_that_between_two_models(cache):
-    """The base is loaded anew, without adapter."""
+    """The base is loaded anew, without adapter, and takes Euler's steps from noise by itself."""
     found, base = model(), tiny.transformer(guidance=True)
     drift = validator(cache).drift(Model(found.transformer.eval(), torch.float32, 1.0))
     moved = still = 0.0
-    for number, (width, height) in enumerate(SIZES[:2]):
-        clean, text = cache.get(f"aa{number}")["latents"], cache.get(f"cc{number}")["text"]
-        for level, sigma in enumerate(sigmas_by_hand(width * height // 256, DRIFT_LEVELS)):
-            noise = noise_by_hand(clean, "drift", f"aa{number}", number, level)
+    factor = token_shift(64 * 48 // 256)
+    steps = [1 - n / DRIFT_STEPS for n in range(DRIFT_STEPS + 1)]
+    sigmas = [factor * s / (1 + (factor - 1) * s) for s in steps]
+    for number in range(2):
+        text = cache.get(f"cc{number}")["text"]
+        place = torch.randn(1, 16, 3, 4, generator=randomness.generator("drift", number))[0]
+        for now, later in itertools.pairwise(sigmas):
+            zero, noise = torch.zeros_like(place), place / now
             ours, theirs = (
-                velocity_by_hand(transformer, clean, noise, sigma=sigma, text=text)
+                velocity_by_hand(transformer, zero, noise, sigma=now, text=text)
                 for transformer in (found.transformer, base)
             )
             moved += (ours - theirs).square().mean().item()
             still += theirs.square().mean().item()
+            place = place + (later - now) * theirs
     assert drift == pytest.approx((moved / still) ** 0.5, rel=1e-4)
     assert drift > 0.01
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from train import certify, checkpoint, config_load, export, verdict
+from train import checkpoint, config_load, verdict
+from train.adapters import certify, export
+from train.adapters.write import LAYOUTS
 from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
-from train.comfyui import Shape
 from train.config import Config, ExportConfig
 from train.errors import CheckpointError
+from train.names import Shape
 from train.verdict import History
 
 CONFIG = "config.yaml"
@@ -24,16 +26,36 @@ def main(argv: list[str] | None = None) -> int:
     """Export from the command line; 0 if the certificate passes, 1 if it doesn't."""
     parser = argparse.ArgumentParser(prog="kindling export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="default: RUN/NAME.safetensors")
+    parser.add_argument(
+        "--format",
+        type=_layouts,
+        default=("diffusers",),
+        metavar="LAYOUT,...",
+        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="instead of the config's export.dtype")
+    parser.add_argument(
+        "--output", type=Path, help="default: RUN/NAME.safetensors, NAME-comfyui.safetensors, ..."
+    )
+    parser.add_argument(
+        "--weights", choices=["average", "last"], help="instead of the config's export.weights"
+    )
     arguments = parser.parse_args(argv)
-    run, config, chosen = _find(arguments.run)
+    changes = {"export.weights": arguments.weights, "export.dtype": arguments.dtype}
+    run, config, chosen = _find(arguments.run, changes=changes)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output or run / f"{config.name}.safetensors"
     transformer = base.load_transformer(device, cache=Path(config.cache))
-    certificate = publish(config, base, transformer, chosen, path=output)
-    print(summary(certificate, output))
-    return 0 if certificate["passed"] else 1
+    passed = True
+    for layout in arguments.format:
+        path = output
+        if layout != "diffusers" and (arguments.output is None or len(arguments.format) > 1):
+            path = output.with_name(f"{output.stem}-{layout}{output.suffix}")
+        certificate = publish(config, base, transformer, chosen, path=path, layout=layout)
+        print(summary(certificate, path))
+        passed &= certificate["passed"]
+    return 0 if passed else 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,10 @@ def choose(run: Path, settings: ExportConfig) -> Chosen:
         if insists:
             raise
         return _named(last, history, rule="last", reason=f"the best can't be read: {error}")
-    reason = f"held-out loss {verdict.summary(best.losses)}, by the rule: {verdict.BEST_RULE}"
+    first, loss = history.checks[0], f"held-out loss {verdict.summary(best.losses)}"
+    if first.step == 0:
+        loss += f", {verdict.change(best, since=first):+} to the base"
+    reason = f"{loss}; the rule: {verdict.BEST_RULE}"
     return _named(saved, history, rule="best", reason=reason)
 
 
@@ -101,17 +126,25 @@ def _history(saved: Checkpoint) -> History | None:
 
 
 def publish(
-    config: Config, base: Base, transformer: Any, chosen: Chosen, *, path: Path
+    config: Config,
+    base: Base,
+    transformer: Any,
+    chosen: Chosen,
+    *,
+    path: Path,
+    layout: str = "diffusers",
 ) -> dict[str, Any]:
     """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
 
-    transformer: the base's, without adapters; it is handed back unchanged.
+    transformer: the base's, without adapters; it is handed back unchanged. layout: one of
+    `write.LAYOUTS`.
     """
-    saved = chosen.saved
-    metadata = export.describe(_facts(config, base, transformer, chosen), saved.adapter)
-    export.write(saved.adapter, path, dtype=DTYPES[config.export.dtype], metadata=metadata)
+    adapter = chosen.saved.shown(config.export.weights)
+    metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
+    dtype = DTYPES[config.export.dtype]
+    export.write(adapter, path, dtype=dtype, metadata=metadata, layout=layout)
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=saved.adapter, pipeline=pipeline)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
     return certificate
@@ -130,18 +163,41 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     return f"{lines}certificate: FAILED\n{reasons}"
 
 
-def _find(path: Path) -> tuple[Path, Config, Chosen]:
-    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s."""
+def weights_of(config: Config) -> str:
+    """Which weights are exported and previewed, in words."""
+    if config.optim.name == "schedulefree":
+        return "average (schedulefree)"
+    if config.train.ema is not None and config.export.weights == "average":
+        return f"average (ema {config.train.ema:g})"
+    return "last"
+
+
+def _layouts(text: str) -> tuple[str, ...]:
+    """Of --format. Raises argparse's error for an unknown one."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in LAYOUTS]:
+        raise argparse.ArgumentTypeError(
+            f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
+        )
+    return names
+
+
+def _find(path: Path, *, changes: dict[str, str | None]) -> tuple[Path, Config, Chosen]:
+    """The run's folder, its config, and the checkpoint meant: the one named, or `choose`'s.
+
+    changes: settings in place of the config's; None leaves them.
+    """
+    overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
     if (path / checkpoint.MANIFEST).is_file():
         run, saved = path.parent.parent, checkpoint.load(path)
         chosen = _named(saved, _history(saved), rule="named", reason="by the user")
-        return run, config_load.load(run / CONFIG), chosen
+        return run, config_load.load(run / CONFIG, overrides), chosen
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: not the folder of a run (it has no {CONFIG}) nor of a checkpoint. "
             "A run's folder is OUTPUT/NAME of its config, such as runs/demo."
         )
-    config = config_load.load(path / CONFIG)
+    config = config_load.load(path / CONFIG, overrides)
     return path, config, choose(path, config.export)
 
 
@@ -173,5 +229,6 @@ def _facts(config: Config, base: Base, transformer: Any, chosen: Chosen) -> expo
         title=config.export.title,
         author=config.export.author,
         description=config.export.description,
+        weights=weights_of(config),
         licence=LICENCES.get(base.name) or LICENCES.get(base.source),
     )

@@ -34,15 +34,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
-from train import comfyui, export, lora
+from train import frozen, lora
+from train.adapters import comfyui, files
+from train.adapters.intent import PREFIX
+from train.adapters.source import Source
+from train.adapters.updates import Factors, distance, product_norm
 from train.config import LoraConfig
 from train.lora import Adapter
+from train.names import Shape, diffusers_places
 
 LOADED = "certified"
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
-
-Factors = tuple[Tensor, Tensor]
-"""An update as up @ down, fp64: (out, k) and (k, in)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Case:
     """A file, what it holds, and what it should hold."""
 
     path: Path
+    source: Source
     tensors: dict[str, Tensor]
     roundoff: Roundoff
     adapter: Adapter
@@ -91,12 +94,12 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
     """
     transformer = pipeline.transformer
     assert not _layers(transformer), "the transformer already has an adapter"
-    tensors, _ = export.load(path)
-    shape = comfyui.Shape.of(transformer)
+    tensors, _ = files.load(path)
+    shape = Shape.of(transformer)
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
     file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
     reasons = [] if any(w.any() for w in adapter.up.values()) else ["the adapter changes nothing"]
-    case = Case(path, tensors, Roundoff.of(file_type) + FP32, adapter)
+    case = Case(path, Source(path), tensors, Roundoff.of(file_type) + FP32, adapter)
     diffusers, comfy = _ask_diffusers(case, pipeline), _ask_comfyui(case, shape)
     reasons += [f"diffusers: {reason}" for reason in diffusers["reasons"]]
     reasons += [f"ComfyUI: {reason}" for reason in comfy["reasons"]]
@@ -111,7 +114,8 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
             "dtype": str(file_type),
         },
         "adapter": {"modules": len(adapter.down), "rank": adapter.rank, "alpha": adapter.alpha},
-        "transformer": dataclasses.asdict(shape) | {"dtype": str(transformer.dtype)},
+        "transformer": dataclasses.asdict(shape)
+        | {"dtype": str(transformer.dtype), "quantize": frozen.kind_of(transformer)},
         "device": transformer.device.type,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "diffusers": diffusers,
@@ -122,7 +126,7 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
 def write_certificate(certificate: dict[str, Any], path: Path) -> Path:
     """Put a certificate beside its adapter file, whole or not at all, and return its path."""
     target = path.with_name(f"{path.stem}.certificate.json")
-    with export.replacing(target) as partial:
+    with files.replacing(target) as partial:
         text = json.dumps(certificate, indent=2, ensure_ascii=False, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
     return target
@@ -146,9 +150,9 @@ def loaded_factors(transformer: nn.Module, module: str) -> Factors:
     return torch.cat(ups, dim=1), torch.cat(downs)
 
 
-def _ask_comfyui(case: Case, shape: comfyui.Shape) -> dict[str, Any]:
+def _ask_comfyui(case: Case, shape: Shape) -> dict[str, Any]:
     reading = comfyui.read(case.tensors, shape)
-    places = comfyui.diffusers_places(shape)
+    places = diffusers_places(shape)
     changed = [m for m, place in places.items() if any(at.overlap(place) for at in reading.patches)]
     weights = _compare(case.adapter, lambda m: reading.factors(places[m]), case.roundoff)
     ignored = reading.ignored + reading.failed + reading.not_computed
@@ -204,19 +208,21 @@ def _load(case: Case, pipeline: Any) -> dict[str, Any]:
         verdict |= {"loads": False, "keys_used": 0, "keys_ignored": list(tensors)}
         return verdict | {"strength": None, "reasons": [reason]}
     layers = _layers(transformer)
-    slots = {
-        f"{export.PREFIX}{module}.{half}.weight": getattr(layer, half)[LOADED].weight
+    lacking = {
+        f"{PREFIX}{module}.{half}.weight": module
         for module, layer in layers.items()
         for half in ("lora_A", "lora_B")
+        if getattr(layer, half)[LOADED].weight.is_meta
     }
-    used = [key for key, tensor in tensors.items() if key in slots and _holds(slots[key], tensor)]
+    filled = layers.keys() - set(lacking.values())
+    used = [key for key in tensors if (at := _modules(case.source, key)) and filled.issuperset(at)]
     ignored = [key for key in tensors if key not in used]
     roundoff = case.roundoff + Roundoff.of(transformer.dtype)
     weights = _compare(case.adapter, lambda m: loaded_factors(transformer, m), roundoff)
     verdict |= _verdict(case.adapter, used, ignored, list(layers), weights)
-    if unfilled := sorted(slots.keys() - set(used)):
+    if lacking:
         verdict["loads"] = False
-        verdict["reasons"].append(f"{unfilled[0]} isn't in the file and gets random weights")
+        verdict["reasons"].append(f"{min(lacking)} isn't in the file and gets random weights")
     return verdict
 
 
@@ -257,11 +263,11 @@ def _compare(
         up, down = adapter.scale * _wide(adapter.up[module]), _wide(adapter.down[module])
         up_found, down_found = found(module)
         product += torch.sum((up.T @ up_found) * (down @ down_found.T)).item()
-        size = _product_norm(up, down)
+        size = product_norm(up, down)
         norm += size**2
         error_a, error_b = roundoff.error(down), roundoff.error(up)
         bound = (error_b * matrix_norm(down, 2) + (matrix_norm(up, 2) + error_b) * error_a).item()
-        error = _product_norm(torch.cat([up_found, -up], 1), torch.cat([down_found, down]))
+        error = distance((up_found, down_found), (up, down))
         if error > worst_ratio * bound:
             worst_ratio, size = error / bound, size or 1.0
             worst = {"module": module, "error": error / size, "bound": bound / size}
@@ -338,11 +344,7 @@ def _wide(weight: Any) -> Tensor:
     return weight.detach().cpu().double()
 
 
-def _holds(slot: Tensor, tensor: Tensor) -> bool:
-    return not slot.is_meta and torch.equal(slot.cpu(), tensor.to(slot.dtype))
-
-
-def _product_norm(up: Tensor, down: Tensor) -> float:
-    """|up @ down|_F without the product. QR, since a Gram matrix would square the rounding."""
-    triangles = torch.linalg.qr(up, mode="r").R, torch.linalg.qr(down.T, mode="r").R
-    return matrix_norm(triangles[0] @ triangles[1].T).item()
+def _modules(source: Source, key: str) -> tuple[str, ...]:
+    """diffusers' modules that a key of a file is for."""
+    unit = source.units.get(source.key_of.get(key, ""))
+    return unit.target.modules if unit else ()

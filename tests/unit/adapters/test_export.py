@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train import export
+from train.adapters import export, files
+from train.adapters.intent import PEFT_METADATA
 from train.errors import CheckpointError, ConfigError, MachineError
 from train.lora import Adapter
 
@@ -75,31 +76,31 @@ def test_names(tmp_path: Path) -> None:
 
 def test_reading_back_gives_the_same_updates_in_the_same_order(tmp_path: Path) -> None:
     found = export.read(written(tmp_path / "a.safetensors"))
-    assert (found.rank, found.scale, list(found.down)) == (2, 1.0, [LINEAR2, QUERY])
+    assert (found.rank, found.scale, list(found.down)) == (2, 1.0, [QUERY, LINEAR2])
     for module in (QUERY, LINEAR2):
         torch.testing.assert_close(found.delta(module), adapter().delta(module))
 
 
 def test_reading_takes_alpha_from_the_file_as_diffusers_does(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors")
-    settings = json.loads(metadata_of(path)[export.PEFT_METADATA])
+    settings = json.loads(metadata_of(path)[PEFT_METADATA])
     settings["transformer.lora_alpha"] = 5.0
-    save_file(load_file(path), path, metadata={export.PEFT_METADATA: json.dumps(settings)})
+    save_file(load_file(path), path, metadata={PEFT_METADATA: json.dumps(settings)})
     assert export.read(path).alpha == 5.0
 
 
 def test_metadata(tmp_path: Path) -> None:
     found = metadata_of(written(tmp_path / "a.safetensors"))
-    settings = json.loads(found.pop(export.PEFT_METADATA))
+    settings = json.loads(found.pop(PEFT_METADATA))
     digest = found.pop("sshs_model_hash")
     assert settings == {
         "transformer.bias": "none",
         "transformer.lora_alpha": 2,
         "transformer.lora_dropout": 0.0,
         "transformer.r": 2,
-        "transformer.target_modules": [LINEAR2, QUERY],
+        "transformer.target_modules": [QUERY, LINEAR2],
     }
-    assert digest == export.body_hash(tmp_path / "a.safetensors")
+    assert digest == files.body_hash(tmp_path / "a.safetensors")
     assert found == {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -128,6 +129,7 @@ def test_metadata(tmp_path: Path) -> None:
         "kindling.steps": "1500",
         "kindling.rank": "2",
         "kindling.alpha": "3.0",
+        "kindling.weights": "last",
         "kindling.guidance": "1.0",
         "kindling.sigma_sampling": "logit-normal(0.0, 1.0)",
         "kindling.training_shift": "tokens",
@@ -176,7 +178,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     path = written(tmp_path / "a.safetensors")
     before = path.read_bytes()
 
-    def full_disk(tensors: object, target: Path, header: object) -> None:
+    def full_disk(header: object, body: object, target: Path) -> None:
         target.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
@@ -184,11 +186,11 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
         raise OSError(5, "Input/output error")
 
     if moment == "writing":
-        monkeypatch.setattr(export, "_save", full_disk)
+        monkeypatch.setattr(files, "_assemble", full_disk)
     elif moment == "renaming":
         monkeypatch.setattr(os, "replace", no_rename)
     else:
-        monkeypatch.setattr(export, "body_hash", lambda path: "other bytes")
+        monkeypatch.setattr(files, "body_hash", lambda path: "other bytes")
     with pytest.raises(MachineError, match=str(path)):
         export.write(adapter(), path, dtype=torch.bfloat16, metadata={})
     assert path.read_bytes() == before
@@ -201,11 +203,11 @@ def test_an_interruption_leaves_the_old_file(
     path = written(tmp_path / "a.safetensors")
     before = path.read_bytes()
 
-    def interrupted(tensors: object, target: Path, header: object) -> None:
+    def interrupted(header: object, body: object, target: Path) -> None:
         target.write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_save", interrupted)
+    monkeypatch.setattr(files, "_assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         written(path, dtype=torch.bfloat16)
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (before, [path])
@@ -301,6 +303,6 @@ def test_contents_that_do_not_fit(
 )
 def test_settings_that_do_not_fit(settings: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file(PAIR, path, metadata={export.PEFT_METADATA: settings})
+    save_file(PAIR, path, metadata={PEFT_METADATA: settings})
     with pytest.raises(CheckpointError, match=message):
         export.read(path)

@@ -1,0 +1,96 @@
+"""Time and memory of a device, taken without holding up what is measured."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Seconds between marks of what a device computes; the host waits only when they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Everything enqueued so far, and nothing later, is before this mark."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next."""
+        if self._device.type != "cuda":
+            return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        if self._marks:
+            self._marks[-1].synchronize()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [a.elapsed_time(b) / 1000 for a, b in pairs]
+
+
+def forget_peaks(device: torch.device) -> None:
+    """Give unused memory back and let peaks start from what is held."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> dict[str, int | None]:
+    """Bytes at most: allocated and reserved on the GPU since `forget_peaks`, RAM ever.
+
+    outside: what of the GPU is in use now and isn't torch's: CUDA's context, libraries, others.
+    pinned: page-locked by torch, which not every kernel counts to the process.
+    """
+    found: dict[str, int | None] = dict.fromkeys(("allocated", "reserved", "outside", "pinned"))
+    if device.type == "cuda":
+        found["allocated"] = torch.cuda.max_memory_allocated(device)
+        found["reserved"] = torch.cuda.max_memory_reserved(device)
+        found["outside"] = outside(device)
+        found["pinned"] = torch.cuda.host_memory_stats().get("allocated_bytes.peak")
+    return {**found, "ram": peak_memory()}
+
+
+def outside(device: torch.device) -> int:
+    """Bytes of the GPU in use that aren't torch's."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def limit(device: torch.device, size: float) -> None:
+    """Let this process do with `size` bytes of the GPU, CUDA's context included.
+
+    What torch isn't given stays free, so the process may load further kernels as it would on a
+    smaller card.
+    """
+    torch.empty(1, device=device)  # CUDA's context is there from now on
+    _, total = torch.cuda.mem_get_info(device)
+    share = (size - outside(device)) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no room: torch's own error, or that of a library below it."""
+    texts = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
+
+
+def peak_memory() -> int:
+    """The most RAM that this process has held, bytes.
+
+    getrusage would count what its parent held when it was forked.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,152 @@
+"""What is in an adapter file, anyone's, and what each loader does with every key of it.
+
+Owns the report and the command. The loaders' verdicts are `loaders`'; for our own exports,
+`certify` proves more (the outputs of a real base).
+"""
+
+import argparse
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.adapters import files, layouts, loaders, page, rounding, skeleton
+from train.adapters.opening import open_any, released
+from train.adapters.source import BASES, Source
+from train.adapters.updates import Kronecker, Update, inner, tensors_of
+from train.names import Shape
+
+
+def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
+    """A JSON-able report on one adapter file.
+
+    base: dev, klein-4b, klein-9b or a diffusers folder; None infers it from the tensors' shapes.
+    Raises CheckpointError if the file is no adapter of FLUX.2 or can't be read, ConfigError for a
+    base that doesn't exist.
+    """
+    source = open_any(path)
+    pipeline = skeleton.pipeline(base or released(source), meta=_fuses_lokr(source))
+    shape = Shape.of(pipeline.transformer)
+    meant = loaders.meant_by(source, shape)
+    numbers = _numbers(source)
+    verdicts = {
+        "diffusers": loaders.ask_diffusers(source, meant, pipeline),
+        "comfyui": loaders.ask_comfyui(source, meant, shape),
+    }
+    misfits = source.misfits(shape)
+    measurable = base is not None and base not in BASES and not (misfits or numbers["faults"])
+    return {
+        "file": {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": files.file_hash(path),
+            "tensors": len(source.file.tensors),
+            "dtypes": dict(Counter(stored.dtype for stored in source.file.tensors.values())),
+        },
+        "format": layouts.describe(source.keys),
+        "base": {"name": base or source.base, "given": base is not None}
+        | {"width": shape.width, "double": shape.double, "single": shape.single},
+        "adapter": _adapter(source),
+        "passed": not misfits
+        and not numbers["faults"]
+        and all(v["exact"] for v in verdicts.values()),
+        "misfits": misfits,
+        "unusable": source.broken,
+        "numbers": numbers,
+        "rounding": rounding.measure(source, Path(base)) if measurable else {},
+        **verdicts,
+    }
+
+
+def _fuses_lokr(source: Source) -> bool:
+    """Whether diffusers will fuse q, k and v for this file, which copies their weights."""
+    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
+
+
+def _adapter(source: Source) -> dict[str, Any]:
+    units = list(source.units.values())
+    kinds = {
+        "LoKr" if "up" not in unit.keys else "DoRA" if unit.magnitudes else "LoRA" for unit in units
+    }
+    ranks = Counter(str(source.rank(unit)) for unit in units)
+    scales = Counter(f"{source.scale(unit):.6g}" for unit in units)
+    alphas = Counter(str(source.alpha(unit)) for unit in units)
+    stated = source.intent.alpha is not None
+    targets = Counter(_part(unit.target.weight) for unit in units)
+    return {
+        "kind": " and ".join(sorted(kinds)),
+        "linears": len(units),
+        "ranks": dict(ranks),
+        "alphas": dict(alphas),
+        "scales": dict(scales),
+        "scale_from": "alpha tensors" if list(alphas) != ["None"] else
+                      "metadata" if stated else "nothing: 1",
+        "targets": dict(targets),
+    }  # fmt: skip
+
+
+def _part(weight: str) -> str:
+    """The kind of Linear, without its block's number."""
+    blocks, _, rest = weight.partition(".")
+    return f"{blocks}.*.{rest.partition('.')[2]}" if rest[:1].isdigit() else weight
+
+
+def _numbers(source: Source) -> dict[str, Any]:
+    """Norms of the updates, and numbers that spoil a picture."""
+    norms, faults, zero = {}, [], []
+    for unit in source.units.values():
+        whole = source.whole(unit)
+        tensors = tensors_of(whole)
+        bad = sum(int((~torch.isfinite(t.float())).sum()) for t in tensors)
+        if bad:
+            faults.append(f"{unit.name}: {bad} numbers aren't finite")
+            continue
+        size = norms[unit.name] = _norm(whole)
+        if not size:
+            zero.append(unit.name)
+    if zero and len(zero) == len(norms):
+        faults.append("every update is zero: the adapter changes nothing")
+    values = sorted(norms.values())
+    return {
+        "faults": faults,
+        "zero": zero,
+        "norms": norms,
+        "norm": {
+            "least": values[0],
+            "median": statistics.median(values),
+            "greatest": values[-1],
+            "greatest_at": max(norms, key=lambda name: norms[name]),
+        }
+        if values
+        else None,
+    }
+
+
+def _norm(update: Update) -> float:
+    if isinstance(update, Kronecker):
+        sides = update.left.double().norm() * update.right.double().norm()
+        return abs(update.scale) * sides.item()
+    factors = update.factors(torch.float32)
+    return max(inner(factors, factors), 0.0) ** 0.5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Certify from the command line; 0 if both loaders use every key at strength 1, else 1."""
+    parser = argparse.ArgumentParser(prog="kindling certify", description=__doc__)
+    parser.add_argument("file", type=Path, help="an adapter of any program, as safetensors")
+    parser.add_argument(
+        "--base", help="dev, klein-4b, klein-9b or a diffusers folder; default: by the shapes"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the whole report here")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="write it as a page")
+    arguments = parser.parse_args(argv)
+    report = examine(arguments.file, base=arguments.base)
+    outputs = ((arguments.json, page.as_json), (arguments.html, page.as_html))
+    for path, render in outputs:
+        if path is not None:
+            with files.replacing(path) as partial:
+                partial.write_text(render(report), encoding="utf-8")
+    print(page.as_text(report))
+    return 0 if report["passed"] else 1

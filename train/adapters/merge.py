@@ -1,0 +1,143 @@
+"""`kindling merge`: adapters into one, or into the base that they are for.
+
+Adapters add up exactly by adding up their ranks; --rank or --energy cut the sum to its greatest
+singular values. Into a base, each weight W becomes W + the sum of weight * update, rounded once to
+the base's type, shard by shard; how much of the adapter that rounding loses is printed.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.adapters import bake, layouts
+from train.adapters.convert import error_text
+from train.adapters.opening import open_adapter
+from train.adapters.resize import Kept, check, summary
+from train.adapters.source import Group, Source
+from train.adapters.updates import Kronecker, LowRank, Update, summed, truncated
+from train.adapters.write import LAYOUTS, Outcome, save
+from train.base import DTYPES
+from train.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter and how strongly it counts."""
+
+    source: Source
+    weight: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Merge from the command line."""
+    parser = argparse.ArgumentParser(prog="kindling merge", description=__doc__)
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE[:WEIGHT]", help="adapters; the weight is 1 by default"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="file, or folder for a base")
+    parser.add_argument("--into", type=Path, metavar="BASE", help="a diffusers folder or one file")
+    parser.add_argument("--rank", type=int, help="cut the sum to so many ranks")
+    parser.add_argument("--energy", type=float, help="cut it to as few ranks as keep this share")
+    parser.add_argument("--to", choices=LAYOUTS, default="diffusers")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the merged adapter")
+    arguments = parser.parse_args(argv)
+    parts = [open_part(text) for text in arguments.files]
+    if arguments.into is not None:
+        if arguments.rank is not None or arguments.energy is not None:
+            raise ConfigError("--rank and --energy cut an adapter; --into adds it as it is.")
+        baked = bake.bake(updates_of(parts), arguments.into, arguments.output)
+        print(f"{arguments.output}: {baked.changed} of {baked.tensors} weights changed")
+        print(f"lost by rounding: {baked.loss:.2%} of the adapter's norm")
+        return 0
+    outcome, kept = merge(
+        parts,
+        arguments.output,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        to=arguments.to,
+        dtype=arguments.dtype,
+    )
+    print(f"{arguments.output}: {len(outcome.modules)} Linears, {error_text(outcome)}")
+    if kept.energy:
+        print(summary(kept))
+    return 0
+
+
+def open_part(text: str) -> Part:
+    """From FILE or FILE:WEIGHT. Raises ConfigError, CheckpointError."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or not path.endswith(".safetensors"):
+        return Part(open_adapter(Path(text)), 1.0)
+    try:
+        return Part(open_adapter(Path(path)), float(weight))
+    except ValueError:
+        raise ConfigError(f"{text}: '{weight}' is no number; FILE:0.8 is meant.") from None
+
+
+def merge(
+    parts: list[Part],
+    output: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    to: str = "diffusers",
+    dtype: str = "fp32",
+) -> tuple[Outcome, Kept]:
+    """Write the weighted sum of adapters; without rank and energy it is exact.
+
+    Raises CheckpointError if they don't fit each other or hold DoRA or LoKr, which don't add up.
+    """
+    if rank is not None or energy is not None:
+        check(rank, energy)
+    kept = Kept()
+
+    def cut() -> Iterator[tuple[str, Group]]:
+        for weight, group in updates_of(parts):
+            if rank is not None or energy is not None:
+                for module, update in group.items():
+                    group[module], kept.energy[module] = truncated(update, rank=rank, energy=energy)
+                    kept.rank[module] = group[module].rank
+            yield weight, {**group}
+
+    names = ", ".join(f"{part.source.path.name}:{part.weight:g}" for part in parts)
+    outcome = save(
+        cut(), output, layout=to, dtype=DTYPES[dtype], metadata={"kindling.merged_from": names}
+    )
+    return outcome, kept
+
+
+def updates_of(parts: list[Part]) -> Iterator[tuple[str, dict[str, LowRank]]]:
+    """The weighted sum, one BFL weight at a time, in the model's order. Raises CheckpointError."""
+    weights = {weight for part in parts for weight in part.source.groups}
+    for part in parts:
+        _check_fit(part.source, parts[0].source)
+    for weight in sorted(weights, key=layouts.order):
+        found: dict[str, list[tuple[LowRank, float]]] = {}
+        for part in parts:
+            for module, update in part.source.group(weight).items():
+                found.setdefault(module, []).append((_plain(update, part), part.weight))
+        modules = [module for module in layouts.group_of(weight) if module in found]
+        yield weight, {m: summed(*map(list, zip(*found[m], strict=True))) for m in modules}
+
+
+def _plain(update: Update, part: Part) -> LowRank:
+    """The update, if it is LoRA. Raises CheckpointError."""
+    if isinstance(update, Kronecker):
+        raise CheckpointError(
+            f"{part.source.path}: LoKr doesn't add up with other adapters. "
+            "`kindling convert --rank N` makes LoRA of it."
+        )
+    if update.magnitude is not None:
+        raise CheckpointError(f"{part.source.path}: DoRA doesn't add up with other adapters.")
+    return update
+
+
+def _check_fit(source: Source, first: Source) -> None:
+    """Raises CheckpointError for adapters of two bases."""
+    wide, other = source.shape.width, first.shape.width
+    if wide != other or (source.base and first.base and source.base != first.base):
+        raise CheckpointError(
+            f"{source.path} is for {source.base or f'a base {wide} wide'}, {first.path} for "
+            f"{first.base or f'one {other} wide'}: they don't add up."
+        )

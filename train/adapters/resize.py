@@ -1,0 +1,106 @@
+"""`kindling resize`: an adapter of fewer ranks, the nearest one there is.
+
+Each update is cut to its greatest singular values, found through the QR of its factors, so that no
+weight is ever formed. The energy kept is the share of the squared norm. q, k and v that share one
+down in the file are cut as one, and stay so.
+"""
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.adapters.convert import error_text, layout_of
+from train.adapters.opening import open_adapter
+from train.adapters.updates import LowRank, Update, truncated
+from train.adapters.write import LAYOUTS, Outcome, save
+from train.base import DTYPES
+from train.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class Kept:
+    """What is left of each unit, by its name in the file."""
+
+    energy: dict[str, float] = field(default_factory=dict)
+    rank: dict[str, int] = field(default_factory=dict)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Resize from the command line."""
+    parser = argparse.ArgumentParser(prog="kindling resize", description=__doc__)
+    parser.add_argument("file", type=Path, help="an adapter of any program, as safetensors")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--rank", type=int, help="at most so many ranks")
+    parser.add_argument("--energy", type=float, help="as few ranks as keep this share, like 0.99")
+    parser.add_argument("--to", choices=LAYOUTS, help="default: the file's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32")
+    arguments = parser.parse_args(argv)
+    outcome, kept = resize(
+        arguments.file,
+        arguments.output,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        to=arguments.to,
+        dtype=arguments.dtype,
+    )
+    print(f"{arguments.output}: {len(outcome.modules)} Linears, {error_text(outcome)}")
+    print(summary(kept))
+    return 0
+
+
+def resize(
+    path: Path,
+    output: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    to: str | None = None,
+    dtype: str | None = None,
+) -> tuple[Outcome, Kept]:
+    """Write `path`'s adapter to `output` with fewer ranks, and what is kept of every update.
+
+    Raises ConfigError if neither or a wrong rank or energy is given, CheckpointError if the file
+    can't be read or is DoRA.
+    """
+    check(rank, energy)
+    source, kept = open_adapter(path), Kept()
+    if any(unit.magnitudes for unit in source.units.values()):
+        raise CheckpointError(
+            f"{path}: this is DoRA, whose magnitudes belong to the whole update; it can't be cut."
+        )
+
+    def reduce(name: str, update: Update) -> LowRank:
+        result, kept.energy[name] = truncated(update, rank=rank, energy=energy)
+        kept.rank[name] = result.rank
+        return result
+
+    outcome = save(
+        source.walk(reduce=reduce),
+        output,
+        layout=to or layout_of(source),
+        dtype=DTYPES[dtype or "fp32"],
+        metadata=source.file.metadata | {"kindling.resized": f"rank {rank}, energy {energy}"},
+    )
+    return outcome, kept
+
+
+def check(rank: int | None, energy: float | None) -> None:
+    """Raises ConfigError for what can't be asked for."""
+    if rank is None and energy is None:
+        raise ConfigError("say --rank N, --energy 0.99, or both (the stricter counts).")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank: {rank} is no rank; it must be 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"--energy: {energy} is no share; it must be above 0 and at most 1.")
+
+
+def summary(kept: Kept) -> str:
+    """Ranks and energies, in a line."""
+    ranks, energies = kept.rank.values(), kept.energy.values()
+    worst = min(kept.energy, key=lambda name: kept.energy[name])
+    median = statistics.median(energies)
+    return (
+        f"rank {min(ranks)} to {max(ranks)}; energy kept: median {median:.2%}, "
+        f"least {kept.energy[worst]:.2%} at {worst}"
+    )
