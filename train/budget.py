@@ -13,7 +13,7 @@ from train.config import MemoryConfig, OptimConfig
 
 CONTEXT = 600 * 10**6
 """Assumed, not measured yet: the CUDA context, cuBLAS' and cuDNN's own memory."""
-FRAGMENTATION = 0.03
+FRAGMENTATION = 0.05
 """Assumed, not measured yet: what the allocator reserves beyond what is allocated, a share."""
 
 STATE = {
