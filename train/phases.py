@@ -5,7 +5,7 @@ by `budget`; what the base is, `facts` says. Each figure is computed from shapes
 here says that it is assumed. Bytes and seconds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -338,7 +338,7 @@ def _vae(
         else:
             shape = (1, 3, size.height, size.width)
         given = torch.empty(shape, dtype=dtype)
-    run: Callable[[Any], Any] = vae.decode if decode else vae.encode  # pyright: ignore
+    run: Any = vae.decode if decode else vae.encode
     with torch.no_grad(), gpu_kernels(), FlopCounterMode(display=False) as flops, Meter() as meter:
         meter.add([*vae.parameters(), *vae.buffers()])
         weights = meter.live

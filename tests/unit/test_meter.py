@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def profiled(step: Callable[[], None]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    results: Any = profile.profiler and profile.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -177,8 +177,7 @@ def test_times_follow_what_is_computed() -> None:
     plain, *_ = make(141, base=base, memory={"gradient_checkpointing": "none"}, encode={})
     again, *_ = make(141, base=base, memory={"gradient_checkpointing": "all"}, encode={})
     slower, *_ = make(24, base=base, memory={"gradient_checkpointing": "all"}, encode={})
-    seconds = [phase(one, "train").seconds for one in (plain, again, slower)]
-    assert None not in seconds
+    seconds = [phase(one, "train").seconds or 0.0 for one in (plain, again, slower)]
     assert 1.3 < seconds[1] / seconds[0] < 1.5
     assert seconds[2] / seconds[1] == pytest.approx(CARDS[141].matmul / CARDS[24].matmul)
 
@@ -196,7 +195,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         batch = footprint._batch(small, step)
         objective.predict(model, batch, dtype=step.dtype, guidance=None)
-    ours = sum(phases.forward_work(facts.Facts(**{**vars(base), "transformer": small}), step))
+    ours = sum(phases.forward_work(small, step))
     assert flops.get_total_flops() == pytest.approx(ours, rel=0.05)  # and the adapter, embeddings
 
 

@@ -1,5 +1,7 @@
 """What is known of released bases before a download, against the real classes built on meta."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
@@ -32,7 +34,7 @@ def test_vae() -> None:
         assert count(AutoencoderKLFlux2()) == VAE_PARAMETERS
 
 
-def settings(encoder: TextEncoder, *, layers: int) -> dict[str, int]:
+def settings(encoder: TextEncoder, *, layers: int) -> dict[str, Any]:
     return {
         "hidden_size": encoder.width,
         "intermediate_size": encoder.inner,
@@ -47,7 +49,7 @@ def settings(encoder: TextEncoder, *, layers: int) -> dict[str, int]:
 @pytest.mark.parametrize("name", ["klein-4b", "klein-9b"])
 def test_qwen(name: str) -> None:
     encoder = TEXT_ENCODERS[name]
-    tied = {"tie_word_embeddings": not encoder.beside}
+    tied: dict[str, Any] = {"tie_word_embeddings": not encoder.beside}
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**settings(encoder, layers=36), **tied))
         cut = Qwen3ForCausalLM(Qwen3Config(**settings(encoder, layers=encoder.used), **tied))
