@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from train.errors import MachineError
+
 
 class Clock:
     """Seconds between marks of what a device computes; the host waits only when they are read."""
@@ -66,12 +68,13 @@ def limit(device: torch.device, size: float) -> None:
     """Let this process do with `size` bytes of the GPU, CUDA's context included.
 
     What torch isn't given stays free, so the process may load further kernels as it would on a
-    smaller card.
+    smaller card. Raises MachineError if the GPU has less.
     """
     torch.empty(1, device=device)  # CUDA's context is there from now on
     _, total = torch.cuda.mem_get_info(device)
-    share = (size - outside(device)) / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    if size > total:
+        raise MachineError(f"a limit of {size / 1e9:g} GB: this GPU has {total / 1e9:.1f}")
+    torch.cuda.set_per_process_memory_fraction((size - outside(device)) / total, device)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

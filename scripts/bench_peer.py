@@ -10,6 +10,7 @@ left out. Targets and rank are those that Kindling trains.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -40,8 +41,6 @@ def steps(
 
     batches: on the transformer's device, taken in turn.
     """
-    from bitsandbytes.optim import AdamW8bit
-
     transformer.train()
     transformer.enable_gradient_checkpointing()
     transformer.add_adapter(
@@ -50,7 +49,7 @@ def steps(
         )
     )
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = AdamW8bit(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    optimizer = _optimizer()(parameters, lr=1e-4, weight_decay=1e-4)
     schedule = get_scheduler("constant", optimizer)
     levels = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     places = [Flux2Pipeline._prepare_text_ids(b.text_BLJ).to(b.text_BLJ.device) for b in batches]
@@ -63,6 +62,19 @@ def steps(
         schedule.step()
         optimizer.zero_grad()
         yield loss.detach().item()
+
+
+def optimizer_name() -> str:
+    """What the steps are made with: torch's, where bitsandbytes isn't installed."""
+    return "AdamW8bit" if find_spec("bitsandbytes") else "AdamW"
+
+
+def _optimizer() -> Any:
+    if optimizer_name() == "AdamW":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def detach(transformer: Any) -> None:

@@ -22,8 +22,8 @@ from train import footprint, phases
 
 PASSES = 2
 ATTENTION_PASSES = 3
-SECONDS = 0.15
-"""A product is repeated for about so long on a GPU: clocks settle within."""
+SECONDS = {"cuda": 0.15, "cpu": 0.02}
+"""A product is repeated for about so long: a GPU's clocks settle within."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def products(config: Mapping[str, Any], step: footprint.Step) -> Iterator[Produc
     yield Product(pictures + texts, 4 * width, width, singles)
 
 
-def measured(
-    listed: list[Product], *, device: torch.device, dtype: torch.dtype, seconds: float = SECONDS
-) -> float:
+def measured(listed: list[Product], *, device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second over both passes of all products, on random numbers.
 
     Zeros would flatter: a chip that switches fewer bits keeps a higher clock.
@@ -72,14 +70,12 @@ def measured(
     total = flops = 0.0
     for product in listed:
         for backward in (False, True):
-            total += product.count * _one(product, backward, device, dtype, seconds=seconds)
+            total += product.count * _one(product, backward, device, dtype)
             flops += product.count * product.flops
     return flops / total
 
 
-def _one(
-    product: Product, backward: bool, device: torch.device, dtype: torch.dtype, *, seconds: float
-) -> float:
+def _one(product: Product, backward: bool, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of one product, as a Linear without bias makes it."""
     weight = torch.randn(product.columns, product.inner, device=device, dtype=dtype)
     given = weight.shape[0] if backward else weight.shape[1]
@@ -94,4 +90,4 @@ def _one(
         return clock.seconds()[0] / count
 
     repeat(2)
-    return repeat(max(1, round(seconds / max(repeat(1), 1e-6))))
+    return repeat(max(1, round(SECONDS[device.type] / max(repeat(1), 1e-6))))

@@ -124,7 +124,7 @@ class _Bench:
                 place=memory.place(self._device),
             )
         except RuntimeError as error:
-            return {"kindling": _no_room(error, "loading")}
+            return {"kindling": self._no_room(error, "loading")}
         clock.mark()
         loading = {"seconds": clock.seconds()[0], **bench_clock.peaks(self._device)}
         order, loader = stored_data(
@@ -178,7 +178,7 @@ class _Bench:
             )
 
         try:
-            return self._side(prepare)
+            return {"optimizer": bench_peer.optimizer_name(), **self._side(prepare)}
         finally:
             bench_peer.detach(transformer)
 
@@ -194,18 +194,22 @@ class _Bench:
                 clock.mark()
             times = clock.seconds()
         except RuntimeError as error:
-            return _no_room(error, stage)
+            return self._no_room(error, stage)
         return {
             "first_step": times[0],
             "seconds": spread(times[self._case.warmup :]),
             "peaks": bench_clock.peaks(self._device),
         }
 
-
-def _no_room(error: RuntimeError, stage: str) -> Side:
-    if not bench_clock.is_out_of_memory(error):
-        raise error
-    return {"out_of_memory": stage, "message": str(error).splitlines()[0]}
+    def _no_room(self, error: RuntimeError, stage: str) -> Side:
+        if not bench_clock.is_out_of_memory(error):
+            raise error
+        before = bench_clock.peaks(self._device)
+        return {
+            "out_of_memory": stage,
+            "message": str(error).splitlines()[0],
+            "peaks_before": before,
+        }
 
 
 def _settings(config: Config) -> dict[str, Any]:

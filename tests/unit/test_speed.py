@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests import tiny
-from train import assemble, lora, objective, optim, speed
+from train import assemble, lora, objective, speed
 from train.batch import Batch
-from train.config import Config, LoraConfig, OptimConfig
+from train.config import Config, LoraConfig
 from train.errors import ConfigError, MachineError
 
 CPU = torch.device("cpu")
@@ -248,60 +246,6 @@ def test_assembling_is_all_that_training_needs(undo: ExitStack) -> None:
     assert [p.dtype for p in lora.trainable(transformer)] == [torch.float32] * 56
     made.undo.close()
     assert not transformer.gradient_checkpointing
-
-
-class OnOneDevice(TorchDispatchMode):
-    """Notes operations that mix devices: each would be a copy that the CPU waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.faults: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs, result))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if any(t.device.type != "meta" for t in tensors):
-            self.faults.add(str(func))
-        return result
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_neither_reads_a_value_nor_copies_to_the_device(checkpointing: bool) -> None:
-    """On the meta device reading a value is an error, and what is made elsewhere shows."""
-    transformer = model(checkpointing=checkpointing).to("meta")
-    parameters = lora.trainable(transformer)
-    one = batch(4, 6, device="meta")
-    with OnOneDevice() as mode:
-        objective.losses(transformer, one, dtype=torch.float32, guidance=1.0).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    assert not mode.faults
-    assert all(p.grad is not None for p in parameters)
-
-
-def test_a_copy_in_a_step_would_be_seen() -> None:
-    with OnOneDevice() as mode:
-        torch.ones(3).to("meta")
-    assert mode.faults
-    with pytest.raises(RuntimeError, match="meta"):
-        torch.ones((), device="meta").item()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_step_on_a_gpu_never_waits() -> None:
-    transformer = model().to("cuda")
-    optimizer = optim.build_optimizer(OptimConfig(), lora.trainable(transformer))
-    one = batch(4, 6).pinned()
-    for mode in ("default", "error"):  # the first step may set things up
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            gpu = one.to(torch.device("cuda"))
-            objective.losses(transformer, gpu, dtype=torch.float32, guidance=1.0).mean().backward()
-            torch.nn.utils.clip_grad_norm_(lora.trainable(transformer), 1.0)
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
