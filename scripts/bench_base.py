@@ -52,7 +52,8 @@ class Drawn(Files):
     device: torch.device
 
     def source(self) -> "DrawnSource":
-        return DrawnSource((), {}, names.shapes(self.settings), self.dtype, self.device)
+        shapes = names.shapes({**names.DEFAULTS, **self.settings})
+        return DrawnSource({}, shapes, self.dtype, self.device)  # pyright: ignore
 
 
 @dataclass(frozen=True)

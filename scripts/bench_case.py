@@ -99,9 +99,8 @@ def plan(case: Case, config: Config, *, device: torch.device) -> Planned:
     decision = budget.decide(metered, config.memory, optim=config.optim, budget=allowed)
     memory, choice = config.memory, decision.choice
     if "auto" in (memory.gradient_checkpointing, memory.resident_blocks):
-        numbers = [n for n, b in enumerate(metered.blocks) if b.name in set(choice.recomputed)]
         found = Memory(
-            (shape.double, shape.single), choice.resident, frozenset(numbers), choice.offload
+            (shape.double, shape.single), choice.resident, choice.recomputed, choice.offload
         )
     else:
         found = Memory.of(memory, double=shape.double, single=shape.single)

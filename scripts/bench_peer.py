@@ -111,7 +111,7 @@ def _loss(
         prediction.float()[:, : packed.size(1)], places
     )
     weight = compute_loss_weighting_for_sd3("none", sigmas=sigma).float()
-    errors = weight * (prediction - (noise - clean).float()) ** 2
+    errors = weight * (prediction - (noise - clean).float()) ** 2  # pyright: ignore
     return errors.reshape(len(clean), -1).mean(1).mean()
 
 

@@ -63,7 +63,10 @@ def linear4bit(linear: nn.Linear, *, double: bool) -> nn.Module:
         quant_type="nf4",
     )
     theirs.weight = bitsandbytes.nn.Params4bit(
-        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double
+        linear.weight.data,
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=double,  # pyright: ignore
     )
     return theirs.to(CPU)  # quantises
 
@@ -74,7 +77,9 @@ def linear8bit(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
     )
     theirs.weight = bitsandbytes.nn.Int8Params(
-        linear.weight.data, requires_grad=False, has_fp16_weights=False
+        linear.weight.data,
+        requires_grad=False,
+        has_fp16_weights=False,  # pyright: ignore
     )
     return theirs.to(CPU)  # quantises
 

@@ -237,7 +237,7 @@ def _as_json(planned: Planned) -> dict[str, Any]:
 def _compared(sides: dict[str, Side]) -> dict[str, float]:
     """Images a second over the peer's; nothing unless both have a figure."""
     rates = [sides.get(name, {}).get("images_per_second") for name in ("kindling", "peer")]
-    return {"ratio": rates[0] / rates[1]} if all(rates) else {}
+    return {"ratio": rates[0] / rates[1]} if all(rates) else {}  # pyright: ignore
 
 
 # ---- the table

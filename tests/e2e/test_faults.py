@@ -61,7 +61,7 @@ def test_a_signal_saves_and_ends_with_its_own_status(number, shared, dev_folder)
     assert not (folder / "tiny.safetensors").exists()
     done = runs.launch(config, "--resume", f"train.steps={step + 2}")
     assert f"resuming after step {step} " in done
-    assert [row["step"] for row in runs.metrics(folder)] == list(range(1, step + 3))
+    assert [row["step"] for row in runs.metrics(folder)] == list(range(1, step + 3))  # pyright: ignore
 
 
 def test_told_by_their_launcher_two_processes_stop_after_the_same_step(shared, dev_folder):

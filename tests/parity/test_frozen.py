@@ -37,7 +37,10 @@ def linear4bit(plain: nn.Linear, *, double: bool) -> nn.Module:
         columns, rows, bias=False, compute_dtype=plain.weight.dtype, quant_type="nf4"
     )
     theirs.weight = bitsandbytes.nn.Params4bit(
-        plain.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=double
+        plain.weight.data.clone(),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=double,  # pyright: ignore
     )
     return theirs.to("cpu")  # quantises
 
@@ -50,7 +53,7 @@ def test_nf4_is_linear4bit_but_for_its_8_bit_maxima(dtype):
         plain.weight.mul_(0.05)
         plain.weight[:, ::64] = (torch.tensor([255, 17, 101, 254, 1]) / 256).to(dtype)
     ours, theirs = FrozenLinear.like(plain, "nf4"), linear4bit(plain, double=False)
-    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.weight, theirs.weight)  # pyright: ignore
     for one, other in zip(product(ours, x, grad), product(theirs, x, grad), strict=True):
         assert torch.equal(one, other)
 
@@ -84,7 +87,9 @@ def test_int8_is_closer_to_the_truth_than_linear8bitlt(threshold):
         320, 96, bias=False, has_fp16_weights=False, threshold=threshold
     )
     theirs.weight = bitsandbytes.nn.Int8Params(
-        plain.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+        plain.weight.data.clone(),
+        requires_grad=False,
+        has_fp16_weights=False,  # pyright: ignore
     )
     theirs.to("cpu")
     ours = FrozenLinear.like(plain, "int8")
@@ -122,7 +127,7 @@ def test_gradients_under_an_adapter_are_autograds_own(kind, how):
     packed = FrozenLinear.like(plain, kind)
     state = dict(packed.named_parameters())
     with torch.no_grad():
-        plain.weight.copy_(frozen.dequantize(state, kind, shape=plain.weight.shape))
+        plain.weight.copy_(frozen.dequantize(state, kind, shape=plain.weight.shape))  # pyright: ignore
     plain.requires_grad_(False)
     results = []
     for linear in (packed, plain):

@@ -31,8 +31,9 @@ def test_shapes_are_the_models(name):
     with torch.device("meta"):
         model = Flux2Transformer2DModel(**config)
     found = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
-    assert names.shapes(CONFIGS[name]) == found
-    assert names.bfl_homes(CONFIGS[name]).keys() == found.keys()
+    whole = {**names.DEFAULTS, **CONFIGS[name]}
+    assert names.shapes(whole) == found
+    assert names.bfl_homes(whole).keys() == found.keys()
 
 
 def test_defaults_are_diffusers():

@@ -196,7 +196,7 @@ def test_a_single_file_is_checked_when_the_base_is_found(dev_folder, tmp_path):
     bfl.save(made, path)
     assert "guidance_in.in_layer.weight isn't there" in complaint(**config)
     bfl.save(bfl.tensors(tiny.transformer(guidance=True)), path)
-    found = base.resolve(BaseConfig(**config, quantize="fp8"))
+    found = base.resolve(BaseConfig(**config, quantize="fp8"))  # pyright: ignore
     assert (found.transformer, found.quantize) == (path, "fp8")
 
 

@@ -185,7 +185,7 @@ def test_the_peer_has_the_same_loss_at_the_same_noise(
     places = bench_peer.Flux2Pipeline._prepare_text_ids(one.text_BLJ)
     with torch.no_grad():
         theirs = bench_peer._loss(model, one, places, levels, dtype=torch.float32)
-        sigma = levels.sigmas[[250]]
+        sigma = levels.sigmas[[250]]  # pyright: ignore
         same = Batch(
             **{**vars(one), "sigma_B": sigma},
         )

@@ -106,7 +106,7 @@ def test_the_backward_takes_the_state_of_its_time(kind):
         parameter.data.zero_()
         parameter.data = copy
     y.backward(grad)
-    assert torch.equal(x.grad, wanted)
+    assert torch.equal(x.grad, wanted)  # pyright: ignore
 
 
 @pytest.mark.parametrize("fp8_matmul", [False, True])
@@ -117,7 +117,7 @@ def test_checkpointing_and_compiling_change_no_bit(kind, fp8_matmul):
     again = lambda x: checkpoint(layer, x, use_reentrant=False)  # noqa: E731
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for other in (again, compiled):
-        assert all(map(torch.equal, product(other, x, grad), wanted))
+        assert all(map(torch.equal, product(other, x, grad), wanted))  # pyright: ignore
 
 
 def test_a_compiled_layer_takes_an_input_without_gradient(kind):

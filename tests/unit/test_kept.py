@@ -78,7 +78,7 @@ def test_there_is_no_copy_before_all_has_passed(folder):
     stream = kept.writing(folder, tensors())
     next(stream)
     assert not folder.exists()
-    stream.close()
+    stream.close()  # pyright: ignore
     assert not list(folder.parent.iterdir())
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_costs_the_copy_and_not_the_start(folder, small_shards, monk
         calls.append(arguments)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        save(*arguments)
+        save(*arguments)  # pyright: ignore
 
     monkeypatch.setattr(kept, "save_file", full)
     stream = kept.writing(folder, tensors())

@@ -33,7 +33,7 @@ def test_gradients_come_back_to_where_they_were(alone: None):
         parameter.grad = torch.arange(parameter.numel()).view_as(parameter) + 10.0 * number
     before = [p.grad.clone() for p in parameters if p.grad is not None]
     parallel.add_gradients(parameters)
-    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))
+    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))  # pyright: ignore
 
 
 def test_a_part_of_the_adapter_without_a_gradient_is_a_bug_of_ours(alone: None):
@@ -64,7 +64,7 @@ def test_frozen_weights_are_sharded_and_the_adapter_stays_whole(alone: None):
 )
 def test_the_launcher_reads_our_files(name: str, kind: DistributedType, processes: int):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
-    assert (config.distributed_type, config.num_processes) == (kind, processes)
+    assert (config.distributed_type, config.num_processes) == (kind, processes)  # pyright: ignore
     assert config.mixed_precision == "no"
     assert {path.stem for path in CONFIGS.iterdir()} == {"one", "ddp", "fsdp2", "two-nodes"}
 

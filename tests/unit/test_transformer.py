@@ -29,7 +29,7 @@ LINEAR = "single_transformer_blocks.1.attn.to_out"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer's folder in shards, bf16."""
     folder = tmp_path_factory.mktemp("folder") / "transformer"
-    model = tiny.transformer(guidance=True).to(torch.bfloat16)
+    model = tiny.transformer(guidance=True).to(torch.bfloat16)  # pyright: ignore
     model.save_pretrained(folder, max_shard_size="40KB")
     return folder
 
@@ -106,7 +106,7 @@ def test_a_scaled_fp8_file_stays_as_it_is(folder, single):
             weight = weights[f"{name}.weight"].dense(torch.float32)
             state = dict(layer.named_parameters())
             if kind == "fp8":
-                assert torch.equal(frozen.dequantize(state, "fp8", shape=weight.shape), weight)
+                assert torch.equal(frozen.dequantize(state, "fp8", shape=weight.shape), weight)  # pyright: ignore
             else:
                 wanted = frozen.quantize(weight, kind)
                 assert all(torch.equal(state[part], wanted[part]) for part in wanted)
@@ -131,7 +131,7 @@ def test_weights_that_arent_numbers_are_refused(folder, tmp_path, kind, bad):
     """Packed, a NaN would be an ordinary number."""
     model = Flux2Transformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
     with torch.no_grad():
-        model.get_submodule(LINEAR).weight[3, 5] = bad
+        model.get_submodule(LINEAR).weight[3, 5] = bad  # pyright: ignore
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"{LINEAR}\.weight isn't all numbers"):
         transformer.load(files(tmp_path, kind), CPU)
@@ -249,7 +249,7 @@ def test_a_changed_source_is_another_copy(folder, load, tmp_path, capsys):
     load(files(changed, "int8"))
     model = Flux2Transformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
     with torch.no_grad():
-        model.get_submodule(LINEAR).weight.mul_(2)
+        model.get_submodule(LINEAR).weight.mul_(2)  # pyright: ignore
     model.save_pretrained(changed, max_shard_size="40KB")
     again = load(files(changed, "int8"))
     assert_same(again, transformer.load(files(changed, "int8"), CPU))
@@ -306,7 +306,7 @@ def resolved(dev_folder: Path, **config) -> Base:
 
 
 def test_a_file_in_place_of_the_bases_own(dev_folder, tmp_path):
-    other = tiny.transformer(guidance=True, seed=11).to(torch.bfloat16)
+    other = tiny.transformer(guidance=True, seed=11).to(torch.bfloat16)  # pyright: ignore
     path = bfl.save(bfl.tensors(other), tmp_path / "other.safetensors")
     found = resolved(dev_folder, transformer=str(path))
     assert_same(found.load_transformer(CPU), other)

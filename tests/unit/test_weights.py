@@ -26,7 +26,7 @@ FP8 = torch.float8_e4m3fn
 @pytest.fixture(scope="module")
 def model() -> Flux2Transformer2DModel:
     """In bf16, as files are."""
-    return tiny.transformer(guidance=True).to(torch.bfloat16)
+    return tiny.transformer(guidance=True).to(torch.bfloat16)  # pyright: ignore
 
 
 @pytest.fixture(scope="module")
