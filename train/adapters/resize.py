@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         to=arguments.to,
         dtype=arguments.dtype,
     )
-    print(f"{arguments.output}: {len(outcome.modules)} Linears, {error_text(outcome)}")
+    written = f"in writing the cut updates: {error_text(outcome)}"
+    print(f"{arguments.output}: {len(outcome.modules)} Linears; {written}")
     print(summary(kept))
     return 0
 

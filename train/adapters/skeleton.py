@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.base import NAMED_BASES
 from train.errors import ConfigError
 from train.shapes import SHAPES
 
@@ -18,12 +19,13 @@ from train.shapes import SHAPES
 def pipeline(base: str, *, meta: bool = False) -> Any:
     """A Flux2Pipeline or Flux2KleinPipeline of a released base, or of a folder's config.json.
 
-    base: dev, klein-4b, klein-9b, or a folder in diffusers' layout (its weights aren't read).
+    base: dev, klein-4b, klein-9b, toy, or a folder in diffusers' layout (its weights aren't read).
     meta: leave everything on the meta device, for loaders that copy weights. Raises ConfigError.
     """
     import diffusers
 
-    config = SHAPES[base].config() if base in SHAPES else settings_of(Path(base))
+    folder = Path(NAMED_BASES["toy"] if base == "toy" else base)
+    config = SHAPES[base].config() if base in SHAPES else settings_of(folder)
     with torch.device("meta"):
         transformer = diffusers.Flux2Transformer2DModel(**config)
     if not meta:
