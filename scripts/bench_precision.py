@@ -65,7 +65,7 @@ def linear4bit(linear: nn.Linear, *, double: bool) -> nn.Module:
     theirs.weight = bitsandbytes.nn.Params4bit(
         linear.weight.data,
         requires_grad=False,
-        quant_type="nf4",
+        quant_type="nf4",  # pyright: ignore
         compress_statistics=double,  # pyright: ignore
     )
     return theirs.to(CPU)  # quantises

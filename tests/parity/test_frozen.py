@@ -39,7 +39,7 @@ def linear4bit(plain: nn.Linear, *, double: bool) -> nn.Module:
     theirs.weight = bitsandbytes.nn.Params4bit(
         plain.weight.data.clone(),
         requires_grad=False,
-        quant_type="nf4",
+        quant_type="nf4",  # pyright: ignore
         compress_statistics=double,  # pyright: ignore
     )
     return theirs.to("cpu")  # quantises
