@@ -115,9 +115,11 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_wandb_offline_has_figures_and_pictures_with_their_prompts(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # another test's service may be about
     monkeypatch.setenv("WANDB_SILENT", "true")
     tell(start(tmp_path, wandb="offline", project="mine"))
+    wandb.teardown()  # as at the end of a process: files are whole then
     rows = wandb_history(tmp_path)
     assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(1, 0.5), (2, 0.25)]
     (shown,) = (row for row in rows if any("previews" in key for key in row))
