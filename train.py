@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.accept_changes and not arguments.resume:
         parser.error("--accept-changes has no effect without --resume")
 
-    from train import config_load
+    from train.config import reading
 
-    config = config_load.load(arguments.config, arguments.overrides)
+    config = reading.load(arguments.config, arguments.overrides)
     gc.disable()  # imports make a million objects that stay; searching them costs a second
     from train import run
 

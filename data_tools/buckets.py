@@ -16,8 +16,8 @@ from functools import cache
 from typing import Protocol
 
 from train.config import DataConfig
+from train.config.schema import PIXEL_MULTIPLE
 from train.errors import DataError
-from train.schema import PIXEL_MULTIPLE
 
 SMALLEST = 64
 """Pixels: the smallest area used is that of a square of this side."""

@@ -14,7 +14,7 @@ from data_tools import folder, pictures
 from data_tools.buckets import Geometry
 from data_tools.folder import Listing
 from data_tools.pictures import PictureError
-from train.schema import PIXEL_MULTIPLE
+from train.config.schema import PIXEL_MULTIPLE
 
 ENDINGS = (".mask", "-masklabel")
 """Of a mask's stem: `a.mask.png`, or as OneTrainer has it `a-masklabel.png`, for `a.png`."""

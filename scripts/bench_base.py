@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from scripts.bench_options import SMALL
-from train import names, transformer
-from train.shapes import SHAPES, Shape
-from train.transformer import Place
-from train.weights import Files, Source, Weight
+from train.loading import names, transformer
+from train.loading.shapes import SHAPES, Shape
+from train.loading.transformer import Place
+from train.loading.weights import Files, Source, Weight
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel

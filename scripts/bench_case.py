@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from data_tools.buckets import Geometry
 from scripts import bench_base
-from train import budget, footprint, machine, phases
 from train.assemble import Memory
-from train.base import DTYPES
-from train.budget import Decision
 from train.config import Config
 from train.errors import ConfigError, bullet_list
-from train.shapes import SHAPES, Shape
+from train.loading.base import DTYPES
+from train.loading.shapes import SHAPES, Shape
+from train.planning import budget, footprint, machine, phases
+from train.planning.budget import Decision
 
 GB = 1e9
 
@@ -153,9 +153,9 @@ def of_options(options: argparse.Namespace) -> list[Case]:
 
 
 def _recipe(path: Path) -> Config:
-    from train import config_load
+    from train.config import reading
 
-    return config_load.load(path, [])
+    return reading.load(path, [])
 
 
 def _shape(base: Mapping[str, Any]) -> str:

@@ -124,9 +124,10 @@ def encode_some(root: Path, count: int) -> float:
     import torch
 
     from data_tools import buckets, records
-    from train import base, encode
+    from train import encode
     from train.cache import Cache, FileDigests
     from train.config import BaseConfig, DataConfig
+    from train.loading import base
 
     data = DataConfig(path=str(root / "0"), resolution=ENCODED_AT, missing_captions="error")
     found = list(records.survey(data, proven=Everything(), progress=False).records)[:count]

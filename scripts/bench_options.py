@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from train.shapes import SHAPES
+from train.loading.shapes import SHAPES
 
 SMALL = "small"
 """A shape of 9 million parameters, which shows on any machine that all works."""

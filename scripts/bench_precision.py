@@ -21,12 +21,13 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from scripts import bench_report
-from train import frozen, lora, objective, parallel
-from train.base import resolve
+from train import lora, objective, parallel
 from train.batch import Batch
 from train.config import Config, LoraConfig
 from train.data import Loader
-from train.frozen import FrozenLinear
+from train.loading import frozen
+from train.loading.base import resolve
+from train.loading.frozen import FrozenLinear
 from train.order import Order
 from train.prepare import prepare
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from scripts.bench_clock import Clock
-from train import footprint, phases
+from train.planning import footprint, phases
 
 PASSES = 2
 ATTENTION_PASSES = 3

@@ -23,10 +23,10 @@ from scripts.bench_clock import Clock
 from scripts.bench_report import spread
 from scripts.bench_sides import new_trainer, stored_data, trained
 from train import assemble, lora, parallel
-from train.base import DTYPES
 from train.config import Config
 from train.data import Loader
 from train.errors import ConfigError, MachineError
+from train.loading.base import DTYPES
 from train.order import Mixture
 
 HEADER = (

@@ -17,12 +17,12 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.training_utils import cast_training_params
 
 from train import flow, latents, lora, optim, randomness
-from train.base import DTYPES, FAMILIES, Base
 from train.batch import Batch
 from train.cache import Cache
 from train.checkpoint import Origin
 from train.config import Config
 from train.data import Example, Loader
+from train.loading.base import DTYPES, FAMILIES, Base
 from train.order import Mixture, Order
 from train.track import Tracker
 from train.trainer import Previews, Trainer

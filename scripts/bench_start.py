@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.bench_report import ROOT, spread
-from train import config_load
+from train.config import reading
 from train.errors import UserError
 from train.run import TIMINGS
 from train.track import METRICS
@@ -60,7 +60,7 @@ def start(
         began, ended = run_process(
             *LAUNCHERS[launcher], "train.py", "--config", str(config), *settings
         )
-        run = Path(output) / config_load.load(config, settings).name
+        run = Path(output) / reading.load(config, settings).name
         return phases(run, began=began) | {"whole process": ended - began}
 
 

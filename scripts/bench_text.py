@@ -87,9 +87,9 @@ def measure(folder: Path, side: str, dtype: str, quantize: str, captions: int) -
     import transformers
     from diffusers import Flux2Pipeline  # noqa: F401
 
-    from train.base import Base, resolve
     from train.config import BaseConfig, EncodeConfig
     from train.encode_text import TextEncoder
+    from train.loading.base import Base, resolve
     from train.usage import peak_ram
 
     base = resolve(BaseConfig(model=str(folder), dtype=dtype))  # pyright: ignore[reportArgumentType]

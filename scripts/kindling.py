@@ -40,7 +40,9 @@ COMMANDS = {
     "pack": Command(
         "data_tools.exchange.pack", "write a folder of pictures as parquet, tar or imagefolder"
     ),
-    "plan": Command("train.plan", "what a config takes of GPU, RAM, disk and time, and what fits"),
+    "plan": Command(
+        "train.planning.plan", "what a config takes of GPU, RAM, disk and time, and what fits"
+    ),
     "export": Command(
         "train.adapters.export_run", "write a run's adapter files and their certificate"
     ),

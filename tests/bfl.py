@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train import names
+from train.loading import names
 
 FP8 = torch.float8_e4m3fn
 BLOCKS = ("double_blocks.", "single_blocks.")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train import frozen, lora, offload, parallel, randomness, recompute, speed
+from train import lora, parallel, randomness, speed
 from train.config import Config, MemoryConfig
 from train.errors import ConfigError
+from train.loading import frozen
+from train.loading.transformer import Place
 from train.lora import Adapter
-from train.transformer import Place
+from train.memory import offload, recompute
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import checkpoint, config_load, encode_text, sample, texts
+from train import checkpoint, encode_text, sample, texts
 from train.adapters import export
 from train.adapters.export_run import CONFIG
-from train.base import Base, resolve
 from train.board import board
 from train.cache import DIGESTS, Cache, FileDigests
-from train.config import Config
+from train.config import Config, reading
 from train.encode import Keys
 from train.errors import CheckpointError, ConfigError
+from train.loading.base import Base, resolve
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     run: Path = arguments.run
     if not (run / CONFIG).is_file():
         raise CheckpointError(f"{run}: not the folder of a run (it has no {CONFIG})")
-    config = config_load.load(run / CONFIG)
+    config = reading.load(run / CONFIG)
     prompts = arguments.prompt or list(config.preview.prompts)
     if not prompts:
         raise ConfigError(f"{run}: its config has no preview.prompts; give --prompt, once or more")

@@ -15,8 +15,8 @@ from train import flow, randomness, texts
 from train.batch import Batch
 from train.cache import Cache
 from train.config import FlowConfig
+from train.config.schema import PIXEL_MULTIPLE
 from train.order import Mixture, Showing
-from train.schema import PIXEL_MULTIPLE
 
 A = TypeVar("A")
 R = TypeVar("R")

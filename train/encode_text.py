@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import texts, usage
-from train.base import Base, max_text_tokens
 from train.cache import Cache
 from train.config import EncodeConfig
 from train.encode import Keys, free, mine
 from train.errors import MachineError
+from train.loading.base import Base, max_text_tokens
 
 PARTS = (8, 4, 2, 1)
 """A prompt may run in the last 1/8, 1/4, 1/2 of all positions, with as many others beside it: as

@@ -14,14 +14,15 @@ from accelerate.utils import gather_object
 from data_tools import buckets, captions, records
 from data_tools.buckets import Geometry, reference_geometry
 from data_tools.records import Collection, Record
-from train import encode, encode_text, split
-from train.base import Base
+from train import encode, encode_text
 from train.cache import DIGESTS, Cache, FileDigests, key
 from train.config import Config, DataConfig
 from train.data import Example, Rules
 from train.encode import Keys, Mask, Picture
-from train.split import Split
-from train.validate import Trial
+from train.loading.base import Base
+from train.validation import split
+from train.validation.split import Split
+from train.validation.validate import Trial
 
 PROVEN = "decoded.txt"
 """In the cache's folder: sha256 of pictures that were decoded in full, so once is enough."""

@@ -13,31 +13,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train import (
-    assemble,
-    automatic,
-    config_load,
-    encode_text,
-    loop,
-    optim,
-    parallel,
-    resumption,
-    sample,
-    texts,
-)
+from train import assemble, encode_text, loop, optim, parallel, resumption, sample, texts
 from train.adapters import export_run
-from train.base import Base, resolve
 from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
-from train.config import Config
+from train.config import Config, reading
 from train.data import Loader
 from train.errors import Stopped, bullet_list
 from train.files import writing
+from train.loading.base import Base, resolve
 from train.order import Mixture, Order
+from train.planning import automatic
 from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
-from train.validate import Validator
+from train.validation.validate import Validator
 from train.watch import Watch
 
 PACKAGES = ("kindling", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -295,7 +285,7 @@ def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
 def _write_facts(folder: Path, config: Config) -> None:
     """The resolved config and what it ran on, beside the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / export_run.CONFIG).write_text(config_load.dump(config), encoding="utf-8")
+    (folder / export_run.CONFIG).write_text(reading.dump(config), encoding="utf-8")
     extra = optim.PACKAGES.get(config.optim.name)
     packages = (*PACKAGES, extra) if extra else PACKAGES
     facts = {package: version(package) for package in packages}

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train.base import Base
 from train.config import PreviewConfig
 from train.files import writing
+from train.loading.base import Base
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from torch import nn
 
 from train import checkpoint, lora, objective, optim, parallel, randomness, sample
 from train.average import Average, Ema, ScheduleFree
-from train.base import Base
 from train.batch import Batch
 from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import Config
 from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
+from train.loading.base import Base
 from train.lora import Adapter
 from train.order import Mixture, Showing
 from train.track import Tracker
-from train.validate import Model
+from train.validation.validate import Model
 from train.watch import Watch
 
 

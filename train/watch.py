@@ -7,10 +7,10 @@ Owns their history while the run lasts, and the words and rows that tell of them
 import time
 from typing import Any
 
-from train import verdict
 from train.track import Tracker
-from train.validate import Model, Validator
-from train.verdict import Check, History
+from train.validation import verdict
+from train.validation.validate import Model, Validator
+from train.validation.verdict import Check, History
 
 
 class Watch:

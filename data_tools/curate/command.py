@@ -280,9 +280,9 @@ def _place(path: Path, content: bytes | Path, *, link: bool = False) -> None:
 def _write_manifest(
     part: Path, recipe: Recipe, plan_: Plan, *, inputs: dict[str, str], digest: str
 ) -> None:
-    from train import config_load
+    from train.config import reading
 
-    (part / "recipe.yaml").write_text(config_load.dump(recipe), encoding="utf-8")
+    (part / "recipe.yaml").write_text(reading.dump(recipe), encoding="utf-8")
     chosen = {c.picture.draft.name: c for c in plan_.chosen}
     measured = {picture.draft.name: picture for picture in plan_.pictures}
     rows = []

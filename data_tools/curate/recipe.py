@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from train.schema import Count, FileName, Natural, Positive, Section, Text, conflict
+from train.config.schema import Count, FileName, Natural, Positive, Section, Text, conflict
 
 Aspect = Annotated[
     str,
@@ -135,6 +135,6 @@ class Recipe(Section):
 
 def load(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises ConfigError, with one line for each fault."""
-    from train import config_load
+    from train.config import reading
 
-    return config_load.load_as(Recipe, path=path)
+    return reading.load_as(Recipe, path=path)

@@ -240,9 +240,9 @@ def _settings(options: argparse.Namespace) -> Settings:
     values: dict[str, object] = {}
     base, batch_size, accumulate, steps = None, 1, 1, None
     if options.config:
-        from train import config_load
+        from train.config import reading
 
-        config = config_load.load(options.config)
+        config = reading.load(options.config)
         values, base = config.data.model_dump(), config.base
         train = config.train
         batch_size, accumulate, steps = train.batch_size, train.accumulate, train.steps

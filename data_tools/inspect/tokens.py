@@ -18,7 +18,8 @@ def count(config: BaseConfig, texts: Iterable[str]) -> Tokens:
 
     Imports torch and transformers, which takes seconds.
     """
-    from train import base, encode_text
+    from train import encode_text
+    from train.loading import base
 
     source = base.NAMED_BASES.get(config.model, config.model)
     here = _local(source, config.revision)

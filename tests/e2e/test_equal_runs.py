@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 
 from tests import bfl, runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, compare, lora, offload
+from train import checkpoint, compare, lora
 from train.adapters import export, export_run, files
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
 from train.average import ema_decay
 from train.errors import ConfigError
-from train.names import Shape, diffusers_places
+from train.loading.names import Shape, diffusers_places
+from train.loading.weights import PREFIX
+from train.memory import offload
 from train.track import Tracker
-from train.weights import PREFIX
 
 
 class CrashError(Exception):

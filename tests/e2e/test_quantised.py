@@ -13,8 +13,8 @@ from tests.e2e.conftest import TrainRun
 from train import compare
 from train.adapters import export_run
 from train.errors import ConfigError
-from train.frozen import KINDS
-from train.stored import Stored
+from train.loading.frozen import KINDS
+from train.loading.stored import Stored
 from train.track import Tracker
 
 PREVIEW = {"prompts": ("zibby",), "steps": 2, "every": 100}

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from train import config_load, facts, forecast, phases, plan
-from train.forecast import Forecast, Room
-from train.machine import CARDS
+from train.config import reading
+from train.planning import facts, forecast, phases, plan
+from train.planning.forecast import Forecast, Room
+from train.planning.machine import CARDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ TOO_SMALL = {
 
 
 def make(name: str, card: int, meters: phases.Meters | None = None) -> Forecast:
-    config = config_load.load(ROOT / "configs" / f"{name}.yaml")
+    config = reading.load(ROOT / "configs" / f"{name}.yaml")
     base = facts.of(config.base)
     room = Room(CARDS[card], None, None)
     meters = meters or phases.Meters(base)
@@ -43,7 +44,7 @@ def test_a_recipe_fits_its_card(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)  # no data folder: pictures are assumed
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     size = int(name.rsplit("-", 1)[1].removesuffix("gb"))
-    config = config_load.load(ROOT / "configs" / f"{name}.yaml")
+    config = reading.load(ROOT / "configs" / f"{name}.yaml")
     meters = phases.Meters(facts.of(config.base))
     assert make(name, size, meters).lacking == ()
     smaller = TOO_SMALL[name]

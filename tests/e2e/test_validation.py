@@ -17,7 +17,7 @@ from train.adapters import export_run
 from train.errors import CheckpointError, Stopped
 from train.track import Tracker
 from train.trainer import Trainer
-from train.validate import Model, Validator
+from train.validation.validate import Model, Validator
 from train.watch import Watch
 
 STEPS = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "log_every": 3}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests import tiny
 from train import lora
+from train.loading.names import Shape, diffusers_places
 from train.lora import Adapter
-from train.names import Shape, diffusers_places
 
 State = dict[str, Tensor]
 BARE_PARTS = {"scheduler": None, "vae": None, "text_encoder": None, "tokenizer": None}

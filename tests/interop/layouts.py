@@ -14,8 +14,8 @@ import torch
 
 from tests.interop import common
 from tests.interop.common import State
+from train.loading.names import Shape
 from train.lora import Adapter
-from train.names import Shape
 
 Built = tuple[State, dict[str, str] | None]
 Builder = Callable[[Adapter, Shape], Built]

@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from tests.interop import common
 from train.adapters import comfyui
 from train.adapters.updates import LowRank
-from train.names import Place, Shape, diffusers_places
+from train.loading.names import Place, Shape, diffusers_places
 
 UP, DOWN = torch.ones(8, 2), torch.ones(2, 8)
 SHAPE = Shape(width=8, double=2, single=3)

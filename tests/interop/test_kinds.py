@@ -18,8 +18,8 @@ from train.adapters.source import Source
 from train.adapters.updates import Kronecker
 from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError
+from train.loading.names import Shape, diffusers_places
 from train.lora import Adapter
-from train.names import Shape, diffusers_places
 
 QUERY = "transformer_blocks.0.attn.to_q"
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")

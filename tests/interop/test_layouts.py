@@ -15,8 +15,8 @@ from train.adapters.source import Source
 from train.adapters.updates import LowRank
 from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError
+from train.loading.names import Shape, diffusers_places
 from train.lora import Adapter
-from train.names import Shape, diffusers_places
 
 PARTLY = "partly"
 EXACT = (1.0, 1.0)

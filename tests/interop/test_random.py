@@ -15,8 +15,8 @@ from tests.interop import common, layouts
 from train.adapters import examine, export, files
 from train.adapters.convert import convert
 from train.adapters.write import LAYOUTS
+from train.loading.names import Shape
 from train.lora import Adapter
-from train.names import Shape
 
 from .test_layouts import as_meant, in_comfyui, in_diffusers
 

@@ -8,8 +8,8 @@ from bitsandbytes.functional import int8_vectorwise_quant
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train import frozen
-from train.frozen import FrozenLinear
+from train.loading import frozen
+from train.loading.frozen import FrozenLinear
 
 
 def product(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 from tests import tiny
-from train import base, encode, encode_text, latents, objective, sample, texts
+from train import encode, encode_text, latents, objective, sample, texts
 from train.batch import Batch
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
+from train.loading import base
 
 
 def make_batch(*, references: int = 0, size: int = 2) -> Batch:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from train import encode_text, texts
-from train.base import Base, resolve
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig, EncodeConfig
 from train.encode import Keys
 from train.errors import ConfigError
+from train.loading.base import Base, resolve
 
 CPU = torch.device("cpu")
 PROMPTS = ["", "a", "a red circle", "blue " * 4, "一只红色的猫", "x " * 12, "y " * 40]

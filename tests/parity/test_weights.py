@@ -9,10 +9,10 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
 from tests import bfl, tiny
-from train import names, transformer, weights
-from train.base import TOY_FOLDER
-from train.shapes import SHAPES
-from train.weights import Files
+from train.loading import names, transformer, weights
+from train.loading.base import TOY_FOLDER
+from train.loading.shapes import SHAPES
+from train.loading.weights import Files
 
 CPU = torch.device("cpu")
 

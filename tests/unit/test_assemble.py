@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from tests import lanes, tiny
 from train import assemble, lora, speed
 from train.config import Config
-from train.frozen import FrozenLinear
+from train.loading.frozen import FrozenLinear
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,12 @@ from scripts import (
     bench_sides,
 )
 from scripts.bench_case import Case
-from train import flow, footprint, lora, objective
+from train import flow, lora, objective
 from train.batch import Batch
 from train.config import LoraConfig
 from train.errors import ConfigError, MachineError
-from train.frozen import FrozenLinear
+from train.loading.frozen import FrozenLinear
+from train.planning import footprint
 from train.trainer import Trainer
 
 CPU = torch.device("cpu")

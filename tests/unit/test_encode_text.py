@@ -17,7 +17,6 @@ import torch
 
 from tests import damage, runs
 from train import encode_text, objective, texts
-from train.base import Base, resolve
 from train.batch import Batch
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig, EncodeConfig, FlowConfig
@@ -25,6 +24,7 @@ from train.data import Example, Loader, Showing
 from train.encode import Keys
 from train.encode_text import TextEncoder
 from train.errors import MachineError
+from train.loading.base import Base, resolve
 
 CPU = torch.device("cpu")
 LIMIT = 128
@@ -287,7 +287,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from train import encode_text
-from train.base import resolve
+from train.loading.base import resolve
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
 from train.encode import Keys

@@ -12,9 +12,10 @@ import schedulefree
 import torch
 from torch import nn
 
-from train import budget, optim
+from train import optim
 from train.config import OptimConfig
 from train.errors import MachineError
+from train.planning import budget
 
 NAMES = get_args(OptimConfig.model_fields["name"].annotation)
 

@@ -14,12 +14,12 @@ from data_tools import buckets, pictures
 from data_tools.buckets import Geometry
 from tests import runs
 from train import encode, encode_text, prepare, run
-from train.base import Base, resolve
 from train.cache import Cache, FileDigests
 from train.config import BaseConfig
 from train.data import Loader, Rules
 from train.encode import Picture
 from train.errors import DataError
+from train.loading.base import Base, resolve
 from train.order import Showing
 from train.prepare import Prepared
 

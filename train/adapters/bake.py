@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train import names, weights
 from train.adapters import files, layouts
 from train.adapters.files import File
 from train.adapters.updates import LowRank, halves_swapped
 from train.errors import CheckpointError, MachineError
-from train.names import SWAPPED
+from train.loading import names, weights
+from train.loading.names import SWAPPED
 
 ROWS = 1024
 """Of a weight, changed at a time: 25 to 75 MB of fp32 on dev."""

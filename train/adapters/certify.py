@@ -34,14 +34,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
-from train import frozen, lora
+from train import lora
 from train.adapters import comfyui, files
 from train.adapters.intent import PREFIX
 from train.adapters.source import Source
 from train.adapters.updates import Factors, distance, product_norm
 from train.config import LoraConfig
+from train.loading import frozen
+from train.loading.names import Shape, diffusers_places
 from train.lora import Adapter
-from train.names import Shape, diffusers_places
 
 LOADED = "certified"
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")

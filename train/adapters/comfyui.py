@@ -5,8 +5,8 @@ name it knows leads to a weight, or to some rows of one, in BFL's naming; the up
 up @ down * alpha / rank with an `.alpha` tensor and up @ down without; other keys are ignored with
 a warning in its log.
 
-Owns that mapping; which of diffusers' Linears is where in BFL's naming is `train.names`'. LoRA and
-LoKr are computed; DoRA, LoHa and the like are named, not computed.
+Owns that mapping; which of diffusers' Linears is where in BFL's naming is `train.loading.names`'.
+LoRA and LoKr are computed; DoRA, LoHa and the like are named, not computed.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped
-from train.names import OUTSIDE, SWAPPED, Place, Shape, diffusers_places
+from train.loading.names import OUTSIDE, SWAPPED, Place, Shape, diffusers_places
 
 KNOWN_OUTSIDE = ("x_embedder", "context_embedder", SWAPPED, "proj_out")
 """The ones that ComfyUI knows by diffusers' name too."""

@@ -12,8 +12,8 @@ from train.adapters.opening import open_adapter
 from train.adapters.source import Source
 from train.adapters.updates import Kronecker, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
-from train.base import DTYPES
 from train.errors import ConfigError
+from train.loading.base import DTYPES
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from train.adapters import files, layouts, loaders, page, rounding, skeleton
 from train.adapters.opening import open_any, released
 from train.adapters.source import BASES, Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
-from train.names import Shape
+from train.loading.names import Shape
 
 
 def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, config_load, verdict
+from train import checkpoint
 from train.adapters import certify, export
 from train.adapters.write import LAYOUTS
-from train.base import DTYPES, LICENCES, Base, resolve
 from train.checkpoint import Checkpoint
-from train.config import Config, ExportConfig
+from train.config import Config, ExportConfig, reading
 from train.errors import CheckpointError
-from train.names import Shape
-from train.verdict import History
+from train.loading.base import DTYPES, LICENCES, Base, resolve
+from train.loading.names import Shape
+from train.validation import verdict
+from train.validation.verdict import History
 
 CONFIG = "config.yaml"
 
@@ -191,13 +192,13 @@ def _find(path: Path, *, changes: dict[str, str | None]) -> tuple[Path, Config, 
     if (path / checkpoint.MANIFEST).is_file():
         run, saved = path.parent.parent, checkpoint.load(path)
         chosen = _named(saved, _history(saved), rule="named", reason="by the user")
-        return run, config_load.load(run / CONFIG, overrides), chosen
+        return run, reading.load(run / CONFIG, overrides), chosen
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path}: not the folder of a run (it has no {CONFIG}) nor of a checkpoint. "
             "A run's folder is OUTPUT/NAME of its config, such as runs/demo."
         )
-    config = config_load.load(path / CONFIG, overrides)
+    config = reading.load(path / CONFIG, overrides)
     return path, config, choose(path, config.export)
 
 
@@ -219,7 +220,7 @@ def _facts(config: Config, base: Base, transformer: Any, chosen: Chosen) -> expo
         steps=saved.progress.step,
         checkpoint=f"{chosen.rule}: {chosen.reason}",
         held_out_loss=chosen.held_out_loss,
-        config_hash=config_load.digest(config),
+        config_hash=reading.digest(config),
         data_hash=saved.progress.origin.data,
         guidance=config.flow.guidance if embedded else None,
         sigma_sampling=sampling,

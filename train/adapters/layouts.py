@@ -16,7 +16,7 @@ The layouts of other programs, as their public code writes them:
 import re
 from dataclasses import dataclass
 
-from train.names import DOUBLE_BLOCK, OUTSIDE, SINGLE_BLOCK, Shape, diffusers_places
+from train.loading.names import DOUBLE_BLOCK, OUTSIDE, SINGLE_BLOCK, Shape, diffusers_places
 
 FUSED = {"attn.to_qkv": "img_attn.qkv", "attn.to_added_qkv": "txt_attn.qkv"}
 """diffusers' names for what its fuse_qkv_projections makes -> BFL's."""

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from train.adapters import comfyui, layouts
 from train.adapters.source import Source, Unit
 from train.adapters.updates import Factors, Kronecker, LowRank, Update, inner
-from train.names import SWAPPED, Place, Shape, diffusers_places
+from train.loading.names import SWAPPED, Place, Shape, diffusers_places
 
 NAME = "examined"
 

@@ -17,8 +17,8 @@ from train.adapters.resize import Kept, check, summary
 from train.adapters.source import Group, Source
 from train.adapters.updates import Kronecker, LowRank, Update, summed, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
-from train.base import DTYPES
 from train.errors import CheckpointError, ConfigError
+from train.loading.base import DTYPES
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from train.adapters.convert import error_text, layout_of
 from train.adapters.opening import open_adapter
 from train.adapters.updates import LowRank, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
-from train.base import DTYPES
 from train.errors import CheckpointError, ConfigError
+from train.loading.base import DTYPES
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train import frozen, names, weights
 from train.adapters.skeleton import settings_of
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
+from train.loading import frozen, names, weights
 
 ROWS = 64
 """Sampled of each weight, evenly: enough for a figure of two digits over all Linears."""

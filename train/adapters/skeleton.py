@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.base import NAMED_BASES
 from train.errors import ConfigError
-from train.shapes import SHAPES
+from train.loading.base import NAMED_BASES
+from train.loading.shapes import SHAPES
 
 
 def pipeline(base: str, *, meta: bool = False) -> Any:

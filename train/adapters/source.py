@@ -19,8 +19,8 @@ from train.adapters.files import File
 from train.adapters.layouts import Key, Target
 from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped, rows_of, tensors_of
 from train.errors import CheckpointError
-from train.names import SWAPPED, Shape
-from train.shapes import HEAD_WIDTH, SHAPES
+from train.loading.names import SWAPPED, Shape
+from train.loading.shapes import HEAD_WIDTH, SHAPES
 
 Group = dict[str, Update]
 """Updates of diffusers' modules whose rows lie below each other in one BFL weight."""

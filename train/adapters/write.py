@@ -32,7 +32,7 @@ from train.adapters.updates import (
     stacked,
 )
 from train.errors import CheckpointError, ConfigError
-from train.names import SWAPPED
+from train.loading.names import SWAPPED
 
 LAYOUTS = ("diffusers", "comfyui", "kohya")
 

@@ -121,7 +121,7 @@ def load(model_class: Any, source: str | Path, *, settings: Settings, name: str)
     """
     import torch
 
-    from train.base import DTYPES
+    from train.loading.base import DTYPES
 
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[settings.dtype]

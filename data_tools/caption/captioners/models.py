@@ -23,8 +23,8 @@ def of_base(name: str, *, settings: Settings) -> Local:
     """
     from transformers import AutoImageProcessor, Mistral3ForConditionalGeneration
 
-    from train import base as bases
     from train.config import BaseConfig
+    from train.loading import base as bases
 
     check_machine(settings)
     # whether it is distilled doesn't matter here: it's the text encoder that looks

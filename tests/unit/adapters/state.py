@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
-from train.names import Shape, diffusers_places
+from train.loading.names import Shape, diffusers_places
 
 SHAPE = Shape(width=16, double=2, single=2)
 State = dict[str, Tensor]

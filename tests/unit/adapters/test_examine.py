@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from scripts import kindling
 from tests import tiny
 from tests.unit.adapters.state import save
-from train import frozen
 from train.adapters import examine, rounding
 from train.adapters.source import BASES, Source
 from train.errors import CheckpointError, ConfigError
-from train.names import diffusers_places
+from train.loading import frozen
+from train.loading.names import diffusers_places
 
 
 def real(base: str, path: Path, *, part: str = "", scale: float = 1.0) -> Path:

@@ -1,0 +1,1 @@
+"""Frozen blocks and activations between RAM and the GPU."""

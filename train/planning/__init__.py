@@ -1,0 +1,1 @@
+"""What a run takes of memory, disk and time: computed before it starts."""

@@ -1,0 +1,1 @@
+"""The loss on held-out pictures: which, how, and what it says."""
