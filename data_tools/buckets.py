@@ -171,9 +171,16 @@ def place(
     )
 
 
+def reference_fault(width: int, height: int) -> str:
+    """Why a picture of this size can't be a reference; empty if it can."""
+    if min(width, height) < REFERENCE_SIDE:
+        return f"is {width}x{height}; a reference needs {REFERENCE_SIDE} pixels a side"
+    return ""
+
+
 def reference_geometry(width: int, height: int) -> Geometry:
     """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
-    assert min(width, height) >= REFERENCE_SIDE
+    assert not reference_fault(width, height)
     scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
     sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
     return Geometry(*sides)

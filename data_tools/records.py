@@ -290,12 +290,9 @@ def _fit_for_training(
 
 
 def _fault_of_reference(probe: Probe | PictureError) -> str:
-    side = buckets.REFERENCE_SIDE
     if isinstance(probe, PictureError):
         return "can't be used"
-    if min(probe.width, probe.height) < side:
-        return f"is {probe.width}x{probe.height}; a reference needs {side} pixels a side"
-    return ""
+    return buckets.reference_fault(probe.width, probe.height)
 
 
 def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":

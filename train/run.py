@@ -272,11 +272,12 @@ def _build(
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
-    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
+    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.texts
     requests = sample.requests(
         [texts.get(cache, keys.prompt(prompt)) for prompt in prompts],
+        config.preview.references,
         preview=config.preview,
-        resolution=max(config.data.resolutions),
+        data=config.data,
         seeds=range(len(prompts)),
     )
     return Previews(requests, texts.get(cache, keys.prompt("")), folder)

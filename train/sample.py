@@ -3,6 +3,7 @@
 The prompts come from the cache, so no text encoder is needed beside the transformer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train.config import PreviewConfig
+from data_tools import buckets, pictures
+from data_tools.buckets import Geometry
+from data_tools.pictures import PictureError
+from train.config import DataConfig, PreviewConfig
+from train.errors import ConfigError
 from train.files import writing
 from train.loading.base import Base
 
@@ -26,24 +31,52 @@ class Request:
     seed: int
     width: int
     height: int
+    references: tuple[Path, ...] = ()
+    """Pictures that an edit starts from."""
 
 
 def requests(
-    texts: Sequence[Tensor], *, preview: PreviewConfig, resolution: int, seeds: Sequence[int]
+    texts: Sequence[Tensor],
+    references: Sequence[Sequence[str]],
+    *,
+    preview: PreviewConfig,
+    data: DataConfig,
+    seeds: Sequence[int],
 ) -> list[Request]:
-    """One for each text and its seed, counted from the config's, at the previews' size.
+    """One for each text, its references and its seed, counted from the config's.
 
-    resolution: side of the square where the config sets no size.
+    The size is the previews'; where the config sets none, the data's resolution as a square, or in
+    the shape of the first reference. Raises ConfigError for a reference that can't be used.
     """
-    return [
-        Request(
-            text,
-            seed=preview.seed + seed,
-            width=preview.width or resolution,
-            height=preview.height or resolution,
-        )
-        for text, seed in zip(texts, seeds, strict=True)
-    ]
+    made = []
+    for text, names, seed in zip(texts, references, seeds, strict=True):
+        size = size_of(names, data=data)
+        width, height = preview.width or size.width, preview.height or size.height
+        paths = tuple(map(Path, names))
+        made.append(Request(text, preview.seed + seed, width, height, paths))
+    return made
+
+
+def size_of(references: Sequence[str], *, data: DataConfig) -> Geometry:
+    """Of a picture for which none is set. Raises ConfigError for references that can't be used."""
+    side = max(data.resolutions)
+    sizes = [_reference_size(Path(name)) for name in references]
+    if not sizes:
+        return Geometry(side, side)
+    placed = buckets.place(
+        *sizes[0], resolution=side, max_upscale=math.inf, max_aspect=data.max_aspect
+    )
+    return placed.geometry
+
+
+def _reference_size(path: Path) -> tuple[int, int]:
+    try:
+        probe = pictures.probe(path)
+    except PictureError as error:
+        raise ConfigError(f"preview.edits: the reference {error}") from None
+    if fault := buckets.reference_fault(probe.width, probe.height):
+        raise ConfigError(f"preview.edits: the reference {path} {fault}")
+    return probe.width, probe.height
 
 
 @torch.no_grad()
@@ -73,9 +106,10 @@ def draw(
     if base.family.true_cfg:
         assert empty_text is not None
         settings["negative_prompt_embeds"] = empty_text[None].to(device, base.dtype)
-    pictures = [
+    drawn = [
         pipeline(  # pyright: ignore[reportCallIssue]
             prompt_embeds=request.text[None].to(device, base.dtype),
+            image=[pictures.load_rgb(path) for path in request.references] or None,
             width=request.width,
             height=request.height,
             generator=torch.Generator().manual_seed(request.seed),
@@ -84,16 +118,16 @@ def draw(
         for request in requests
     ]
     transformer.train(training)
-    return pictures
+    return drawn
 
 
 def save_all(
-    pictures: Sequence[Image.Image], folder: Path, *, step: int, label: str = ""
+    drawn: Sequence[Image.Image], folder: Path, *, step: int, label: str = ""
 ) -> list[Path]:
     """Write previews as step-000100-0.png, step-000100-1.png, ...; the label follows the number."""
-    paths = [folder / f"step-{step:06d}-{number}{label}.png" for number in range(len(pictures))]
+    paths = [folder / f"step-{step:06d}-{number}{label}.png" for number in range(len(drawn))]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for picture, path in zip(pictures, paths, strict=True):
+        for picture, path in zip(drawn, paths, strict=True):
             picture.save(path)
     return paths

@@ -198,7 +198,7 @@ class Trainer:
                 averaged = self._average is not None and self._config.export.weights == "average"
                 label = "-average" if averaged else ""
                 sample.save_all(pictures, self._previews.folder, step=done, label=label)
-                self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
+                self._tracker.previews(done, pictures, prompts=self._config.preview.texts)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 

@@ -265,3 +265,22 @@ def test_a_mask_that_leads_out(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(line)
     reason = "'/etc/passwd' leads out of the folder; give names relative to it"
     assert survey(tmp_path).faults == (Fault("metadata.jsonl:1", reason),)
+
+
+# ---- references beside pictures
+
+
+def test_references_beside_their_picture(tmp_path: Path) -> None:
+    names = ("a.png", "a.ref.png", "b.png", "b.ref10.jpg", "b.ref2.png", "sub/c.png", "c.ref.png")
+    fill(tmp_path, *names)
+    for name in ("a", "b", "sub/c", "c.ref"):
+        (tmp_path / f"{name}.txt").write_text("make it red", encoding="utf-8")
+    found = {draft.name: draft.references for draft in drafts(tmp_path)}
+    assert found == {
+        "a.png": ("a.ref.png",),
+        "b.png": ("b.ref2.png", "b.ref10.jpg"),
+        "c.ref.png": (),
+        "sub/c.png": (),
+    }
+    alone = "has no reference, as others here have; trained as a picture of its own"
+    assert survey(tmp_path).notes == (("c.ref.png", alone), ("sub/c.png", alone))

@@ -296,8 +296,8 @@ class Config(Section):
                 "remove one of the two"
             )
         problems |= self._average_problems()
-        if not self.preview.prompts:
-            unused = "has no effect without preview.prompts; remove it or add prompts"
+        if not self.preview.texts:
+            unused = "has no effect without preview.prompts or edits; remove it or add some"
             problems |= {f"preview.{key}": unused for key in self.preview._changed()}
         if self.export.checkpoint == "best" and self.validation.pictures in ("training", "off"):
             problems["export.checkpoint"] = (

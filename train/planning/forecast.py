@@ -161,7 +161,7 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
 
 def _sensible(config: Config, changes: Mapping[str, Any]) -> bool:
     """Whether all of it is a change, and one for less memory."""
-    if "preview.width" in changes and not config.preview.prompts:
+    if "preview.width" in changes and not config.preview.texts:
         return False
     if changes.get("base.quantize") == "fp8" and config.base.quantize != "none":
         return False

@@ -139,8 +139,8 @@ def test_settings_without_effect_are_refused_where_they_are() -> None:
         "flow.std": "has no effect with sampling: uniform; remove it",
     }
     assert problems(preview={"every": 5, "width": 64}) == {
-        "preview.every": "has no effect without preview.prompts; remove it or add prompts",
-        "preview.width": "has no effect without preview.prompts; remove it or add prompts",
+        "preview.every": "has no effect without preview.prompts or edits; remove it or add some",
+        "preview.width": "has no effect without preview.prompts or edits; remove it or add some",
     }
 
 
