@@ -21,11 +21,19 @@ def pairs(shared: Path) -> Path:
     return folder
 
 
-def test_pairs_become_an_adapter_with_previews_and_a_board(pairs: Path, train_run: TrainRun):
+def test_pairs_become_an_adapter_with_previews_and_a_board(
+    pairs: Path, train_run: TrainRun, capsys: pytest.CaptureFixture[str]
+):
     edit = {"prompt": "make it red", "references": (str(pairs / "0.ref.png"),)}
     preview = {"prompts": ("zibby",), "edits": (edit,), "steps": 2}
     train = {"steps": 2, "batch_size": 1}
-    folder = train_run("edit", pictures="pairs", preview=preview, train=train)
+    checked = {"pictures": "training", "sigmas": 2}
+    folder = train_run("edit", pictures="pairs", preview=preview, train=train, validation=checked)
+    output = capsys.readouterr().err
+    rows = (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    worth = [json.loads(row)["references_worth"] for row in rows]
+    assert len(set(worth)) == 2
+    assert all(f"without the references the loss is {value:.5f} ± " in output for value in worth)
     assert json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))["passed"]
     first, last = (Image.open(folder / "previews" / f"step-00000{n}-1.png") for n in (0, 2))
     assert first.size == last.size == (64, 48)

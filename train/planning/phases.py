@@ -235,7 +235,7 @@ def _validation(case: Case) -> list[Phase]:
     settings, train = case.config.validation, case.config.train
     if settings.pictures == "off":
         return []
-    passes = settings.max_pictures * settings.sigmas
+    passes = settings.max_pictures * settings.sigmas * (2 if case.pictures.references else 1)
     passes += len(settings.neutral_prompts) * DRIFT_STEPS
     rounds = train.steps // (settings.every or train.checkpoint_every) + 2
     single = replace(case.step, batch_size=1)

@@ -98,7 +98,12 @@ def _pictures(config: "Config") -> "Pictures":
             encoded += PICTURES * len(data.resolutions) * (2 if data.flip else 1)
             captions += PICTURES
             largest = max(data.resolutions)
-            examples.append((Geometry(largest, largest), ()))
+            pairs = max(
+                map(len, config.preview.references), default=0
+            )  # edits are drawn, so trained
+            square = Geometry(largest, largest)
+            examples.append((square, (square,) * pairs))
+            encoded += PICTURES * pairs
             continue
         rows = records.read(data).records
         plan = buckets.plan(rows, data=data)
