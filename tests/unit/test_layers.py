@@ -19,6 +19,7 @@ LAYERS = {
     0: [
         *("train", "data_tools", "scripts", "train.errors"),
         *("train.loading", "train.planning", "train.memory", "train.validation"),
+        "train.publishing",
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.watch", "train.config"),
@@ -84,6 +85,7 @@ LAYERS = {
         *("train.objective", "train.sample", "train.validation.split", "train.planning.facts"),
         *("train.adapters.certify", "train.adapters.skeleton", "train.adapters.loaders"),
         *("train.adapters.page", "train.adapters.bake", "train.adapters.rounding"),
+        *("train.publishing.licences", "train.publishing.pictures"),
         "train.planning.budget",
         "train.validation.validate",
         "data_tools.caption.captioners.*",
@@ -98,6 +100,7 @@ LAYERS = {
         "train.planning.footprint",
         "data_tools.caption.job",
         "data_tools.caption.arguments",
+        "train.publishing.terms",
     ],
     6: [
         "train.run",
@@ -111,6 +114,9 @@ LAYERS = {
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
+        *("train.publishing.facts", "train.publishing.metadata", "train.publishing.card"),
+        *("train.publishing.snippet", "train.publishing.sheets", "train.publishing.folder"),
+        *("train.publishing.push", "train.publishing.command"),
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -195,6 +201,7 @@ SIDEWAYS = {
     "train.planning.forecast": {"train.planning.phases"},
     "train.planning.automatic": {"train.planning.phases"},
     "train.planning.plan": {"train.doctor"},
+    "train.publishing.*": {"train.publishing.*"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }
