@@ -85,7 +85,6 @@ LAYERS = {
         *("train.objective", "train.sample", "train.validation.split", "train.planning.facts"),
         *("train.adapters.certify", "train.adapters.skeleton", "train.adapters.loaders"),
         *("train.adapters.page", "train.adapters.bake", "train.adapters.rounding"),
-        *("train.publishing.licences", "train.publishing.pictures"),
         "train.planning.budget",
         "train.validation.validate",
         "data_tools.caption.captioners.*",
@@ -100,7 +99,6 @@ LAYERS = {
         "train.planning.footprint",
         "data_tools.caption.job",
         "data_tools.caption.arguments",
-        "train.publishing.terms",
     ],
     6: [
         "train.run",
@@ -114,9 +112,7 @@ LAYERS = {
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
-        *("train.publishing.facts", "train.publishing.metadata", "train.publishing.card"),
-        *("train.publishing.snippet", "train.publishing.sheets", "train.publishing.folder"),
-        *("train.publishing.push", "train.publishing.command"),
+        "train.publishing.*",
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }

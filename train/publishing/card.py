@@ -93,8 +93,12 @@ def _use(publication: Publication, place: str) -> str:
         for exported in publication.exported
     ]
     main = publication.exported[0].path
+    comfyui = f"In ComfyUI, put `{main.name}` into `models/loras`"
+    if publication.workflows:
+        names = " or ".join(f"`{path.name}`" for path in publication.workflows)
+        comfyui += f" and open {names}"
     return (
-        f"## Use\n\n```python\n{code}```\n\nIn ComfyUI, put `{main.name}` into `models/loras`.\n\n"
+        f"## Use\n\n```python\n{code}```\n\n{comfyui}.\n\n"
         + "\n".join(rows)
         + f"\n\n`{main.stem}.certificate.json` is the proof: diffusers' own loader uses every key "
         "at strength 1 and the output is the trained adapter's; ComfyUI's loading rules too.\n"

@@ -108,6 +108,12 @@ class Publication:
         return self.exported[0].metadata
 
     @property
+    def workflows(self) -> list[Path]:
+        """For ComfyUI, where the export has put any beside the files."""
+        found = (e.path.parent.glob(f"{e.path.stem}.comfyui*.json") for e in self.exported)
+        return sorted(path for paths in found for path in paths)
+
+    @property
     def step(self) -> int:
         """After which the published weights were taken."""
         return self.certificate["checkpoint"]["step"]

@@ -86,8 +86,7 @@ def write(publication: Publication, folder: Path, *, repository: str | None) -> 
     """Everything but what is missing. Raises CheckpointError if a file isn't what it was."""
     for exported in publication.exported:
         _write_adapter(publication, exported, folder)
-    samples = _write_pictures(publication, folder)
-    _copy_helpers(publication, folder)
+    samples = _copy(publication, folder)
     licence = publication.licence
     texts = {CARD: card.as_markdown(publication, repository=repository, samples=samples)}
     if licence is not None:
@@ -198,8 +197,8 @@ def _write_adapter(publication: Publication, exported: Exported, folder: Path) -
     write_certificate(certificate, target)
 
 
-def _write_pictures(publication: Publication, folder: Path) -> list[str]:
-    """Copies of the samples and the board; the samples' names in the folder."""
+def _copy(publication: Publication, folder: Path) -> list[str]:
+    """Copies of samples, board and workflows; the samples' names in the folder."""
     names = []
     with writing(folder):
         if publication.shown.samples:
@@ -209,15 +208,9 @@ def _write_pictures(publication: Publication, folder: Path) -> list[str]:
             shutil.copyfile(sample.path, folder / names[-1])
         if publication.shown.board:
             shutil.copyfile(publication.shown.board, folder / "board.png")
+        for path in publication.workflows:
+            shutil.copyfile(path, folder / path.name)
     return names
-
-
-def _copy_helpers(publication: Publication, folder: Path) -> None:
-    """ComfyUI workflows that the export has put beside the adapter."""
-    for exported in publication.exported:
-        for path in exported.path.parent.glob(f"{exported.path.stem}.comfyui*.json"):
-            with writing(folder):
-                shutil.copyfile(path, folder / path.name)
 
 
 def _unproven(path: Path) -> str | None:

@@ -14,12 +14,10 @@ A sheet stays with the publisher: it isn't uploaded.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from train.publishing import licences
-from train.publishing.card import measured
 from train.publishing.facts import Publication
+from train.publishing.words import descriptions, html
 
 CIVITAI_BASES = {
     "dev": "Flux.2 D",
@@ -116,7 +114,7 @@ def civitai(publication: Publication, *, samples: list[str]) -> Sheet:
         Field(
             "description",
             ("Description (HTML)", "简介（HTML）"),
-            tuple(_html(text) for text in _descriptions(publication)),
+            tuple(html(text) for text in descriptions(publication)),
         ),
         *_permissions(publication),
         Field("version.name", ("Version", "版本名称"), f"step {publication.step}"),
@@ -176,7 +174,7 @@ def liblib(publication: Publication, *, samples: list[str]) -> Sheet:
             ),
         ),
         Field("tags", ("Tags", "标签"), list(publication.wishes.tags)),
-        Field("description", ("Description", "模型介绍"), _descriptions(publication)),
+        Field("description", ("Description", "模型介绍"), descriptions(publication)),
         Field("origin", ("Original or reposted", "原创或转载"), ("original", "原创")),
         Field(
             "licence", ("Permissions", "授权范围"), *_liblib_permissions(commercial, publication)
@@ -281,76 +279,6 @@ def _liblib_permissions(
             f"{licence.name}：生成的图片可商用（2.d），适配器本身不可商用（2.b）。",
         ),
     )
-
-
-def _descriptions(publication: Publication) -> tuple[str, str]:
-    return _english(publication), _chinese(publication)
-
-
-def _english(publication: Publication) -> str:
-    base = publication.repository or publication.base
-    lora, counts = publication.certificate["adapter"], publication.pictures
-    triggers = ", ".join(publication.triggers)
-    resolutions = ", ".join(map(str, publication.config.data.resolutions))
-    lines = [
-        publication.description,
-        f"LoRA for {base}, strength 1, rank {lora['rank']}.",
-        f"Trigger: {triggers}" if triggers else None,
-        f"Trained for {publication.step} steps"
-        + (f" on {sum(counts)} pictures" if counts else "")
-        + f" at {resolutions} px with Kindling.",
-        *measured(publication),
-        "Loads in diffusers and ComfyUI; a certificate of every key is with the file.",
-        _notice(publication, 0),
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def _chinese(publication: Publication) -> str:
-    base = publication.repository or publication.base
-    lora, counts, check = (
-        publication.certificate["adapter"],
-        publication.pictures,
-        publication.check,
-    )
-    triggers = "、".join(publication.triggers)
-    resolutions = "、".join(map(str, publication.config.data.resolutions))
-    loss = None
-    if check is not None:
-        kind = "未参与训练的图片" if check["held_out"] else "训练图片（固定噪声）"
-        loss = f"{kind}上的损失：{check['loss']:.4f} ± {check['error']:.4f}。"
-    lines = [
-        publication.description,
-        f"适用于 {base} 的 LoRA，推荐权重 1，秩（rank）{lora['rank']}。",
-        f"触发词：{triggers}" if triggers else None,
-        "使用 Kindling 训练"
-        + (f"，共 {sum(counts)} 张图片" if counts else "")
-        + f"，分辨率 {resolutions} 像素，{publication.step} 步。",
-        loss,
-        "可在 diffusers 与 ComfyUI 中加载，并附有逐键验证的证书。",
-        _notice(publication, 1),
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def _notice(publication: Publication, language: int) -> str:
-    """The notice that a base's licence wants shown beside the adapter, and its main point."""
-    licence = publication.licence
-    if licence is None:
-        return ("Licence: that of the base.", "许可：遵循基础模型的许可协议。")[language]
-    head = (f"Licence: {licence.name}.", f"许可协议：{licence.name}。")[language]
-    notice = licences.notice(licence, publication.terms)
-    if notice is None:
-        return head
-    changed = ("The model was modified: this is an adapter trained on it.",
-               "本模型为在原模型基础上训练得到的适配器，已作修改。")[language]  # fmt: skip
-    points = [duty.en if language == 0 else duty.zh for duty in licence.duties[:1]]
-    return "\n".join([head, *points, notice, changed])
-
-
-def _html(text: str) -> str:
-    """Civitai takes HTML, of which p and br do here."""
-    return "<p>" + "<br>".join(escape(line, quote=False) for line in text.splitlines()) + "</p>"
 
 
 SHEETS: dict[str, Callable[..., Sheet]] = {"civitai": civitai, "liblib": liblib}
