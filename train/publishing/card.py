@@ -178,13 +178,14 @@ def _licence(publication: Publication) -> str:
             "## Licence\n\nBound by the licence of its base, which isn't known here: say which, "
             "here and in `license` above.\n"
         )
+    name = licences.title(licence, publication.terms)
     duties = "\n".join(f"- {duty.en} ({duty.section})" for duty in licence.duties)
     statement = licences.statement(
         licence, title=publication.title, base=_bound_to(publication), text=publication.terms
     )
     quoted = "\n".join(f"> {line}".rstrip() for line in statement.strip().splitlines())
     return (
-        f"## Licence\n\n{licence.name}, that of the base: see [LICENSE.md](LICENSE.md).\n\n"
+        f"## Licence\n\n{name}, that of the base: see [LICENSE.md](LICENSE.md).\n\n"
         f"{quoted}\n\nIts main points, in our words; the text itself binds:\n\n{duties}\n"
     )
 

@@ -84,7 +84,7 @@ def _summary(
     if licence:
         lines += [f"  {duty.section}: {duty.en}" for duty in licence.duties]
     if missing:
-        lines.append(bullet_list("missing:", missing))
+        lines.append(bullet_list("not in it:", missing))
     if faults:
         lines.append(bullet_list("forbids the upload:", faults))
     return "\n".join(lines)

@@ -128,7 +128,13 @@ def faults(folder: Path) -> list[str]:
     """What forbids uploading a folder made here, perhaps edited since."""
     fields = front_matter(folder)
     found = []
-    if fields.get("license") in (None, "unknown"):
+    bound = licences.of(str(fields.get("base_model")), None)
+    if bound and not bound.commercial and fields.get("license") != bound.hub:
+        found.append(
+            f"{CARD} says license: {fields.get('license')}, but an adapter of "
+            f"{fields['base_model']} is bound by its {bound.name}: license: {bound.hub}"
+        )
+    elif fields.get("license") in (None, "unknown"):
         found.append(
             f"{CARD} doesn't say the licence: the base's isn't known here. Fill in `license` there"
         )

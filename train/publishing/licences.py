@@ -162,6 +162,12 @@ def of_hub(identifier: str, name: str | None) -> Licence | None:
     return next((one for one in known if (one.hub, one.hub_name) == (identifier, name)), None)
 
 
+def title(licence: Licence, text: str | None) -> str:
+    """Its name, with the version where the text is at hand: FLUX's begin with it."""
+    first = (text or "").strip().partition("\n")[0].strip("#* ").replace("\\", "")
+    return first if licence is NON_COMMERCIAL and "License" in first else licence.name
+
+
 def notice(licence: Licence, text: str | None) -> str | None:
     """The Attribution Notice: as the licence's own text has it, if that is at hand."""
     if licence.notice is None:

@@ -53,6 +53,7 @@ def push(folder: Path, repository: str, *, private: bool, update: bool, api: Any
             repo_type="model",
             folder_path=folder,
             ignore_patterns=[f"{PRIVATE}/*"],
+            delete_patterns=["samples/*"] if update else None,  # an earlier version's
             commit_message="Adapter, certificate and card, by kindling publish",
         )
     return str(url)

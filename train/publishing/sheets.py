@@ -68,19 +68,13 @@ class Sheet:
         tree = {
             "site": self.site,
             "address": self.address,
-            "verified": dict(zip(("en", "zh"), self.checked, strict=True)),
+            "verified": _both(self.checked),
             "fields": [
                 {
                     "key": field.key,
-                    "label": dict(zip(("en", "zh"), field.label, strict=True)),
-                    "value": dict(zip(("en", "zh"), field.value, strict=True))
-                    if isinstance(field.value, tuple)
-                    else field.value,
-                    **(
-                        {"note": dict(zip(("en", "zh"), field.note, strict=True))}
-                        if field.note
-                        else {}
-                    ),
+                    "label": _both(field.label),
+                    "value": _both(field.value),
+                    "note": _both(field.note),
                 }
                 for field in self.fields
             ],
@@ -101,6 +95,11 @@ class Sheet:
                 )
             lines.append("")
         return "\n".join(lines)
+
+
+def _both(value: Any) -> Any:
+    """A pair of texts by language; anything else as it is."""
+    return dict(zip(("en", "zh"), value, strict=True)) if isinstance(value, tuple) else value
 
 
 def civitai(publication: Publication, *, samples: list[str]) -> Sheet:

@@ -73,7 +73,8 @@ def _notice(publication: Publication, language: int) -> str:
     licence = publication.licence
     if licence is None:
         return ("Licence: that of the base.", "许可：遵循基础模型的许可协议。")[language]
-    head = (f"Licence: {licence.name}.", f"许可协议：{licence.name}。")[language]
+    name = licences.title(licence, publication.terms)
+    head = (f"Licence: {name}.", f"许可协议：{name}。")[language]
     notice = licences.notice(licence, publication.terms)
     if notice is None:
         return head

@@ -204,6 +204,7 @@ def test_the_licence_of_a_local_base_goes_along_and_gives_the_notice(tmp_path: P
     assert "granted directly by Black Forest Labs Inc." in notice
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "> The FLUX [dev] Model is licensed by X." in card
+    assert "FLUX [dev] Non-Commercial License v2.0, that of the base" in card
     assert folder.faults(target) == []
 
 
@@ -247,6 +248,15 @@ def test_without_its_licence_an_adapter_of_dev_is_not_for_upload(tmp_path: Path,
     with pytest.raises(ConfigError, match=r"isn't uploaded:\n  LICENSE.md isn't there"):
         command.main([str(run), "--push", "me/mika"])
     assert "This FLUX Model is licensed by" in (run / "publish" / "NOTICE").read_text()
+
+
+def test_an_edited_card_cannot_set_an_adapter_of_dev_free(tmp_path: Path) -> None:
+    target = published(made.run(tmp_path))
+    card = target / "README.md"
+    text = card.read_text().replace("license: other", "license: mit")
+    card.write_text(text.replace("license_name: flux-non-commercial-license\n", ""))
+    (fault,) = folder.faults(target)
+    assert "says license: mit, but an adapter of black-forest-labs/FLUX.2-dev is bound" in fault
 
 
 def test_our_apache_text_is_whole() -> None:
