@@ -18,7 +18,7 @@ from train.adapters import files
 from train.adapters.files import File
 from train.adapters.intent import PEFT_METADATA
 from train.errors import CheckpointError, ConfigError
-from train.publishing import command, folder, pictures, terms
+from train.publishing import command, folder, pictures
 
 FILE = "mika.safetensors"
 OWN = ["--title", "Mika", "--author", "Studio Ü", "--description", "Our mascot.", "--tags", "a,b"]
@@ -257,12 +257,6 @@ def test_an_edited_card_cannot_set_an_adapter_of_dev_free(tmp_path: Path) -> Non
     card.write_text(text.replace("license_name: flux-non-commercial-license\n", ""))
     (fault,) = folder.faults(target)
     assert "says license: mit, but an adapter of black-forest-labs/FLUX.2-dev is bound" in fault
-
-
-def test_our_apache_text_is_whole() -> None:
-    text = terms.OURS.read_text(encoding="utf-8")
-    assert "Version 2.0, January 2004" in text
-    assert "END OF TERMS AND CONDITIONS" in text
 
 
 def test_faults_of_a_folder(tmp_path: Path) -> None:

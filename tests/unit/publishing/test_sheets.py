@@ -1,4 +1,4 @@
-"""The sheets for Civitai and LiblibAI."""
+"""The sheets for Civitai and LiblibAI, and the licences that they speak of."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.publishing import made
-from train.publishing import facts, licences, sheets
+from train.publishing import facts, licences, sheets, terms
 from train.publishing.facts import Wishes
 from train.publishing.sheets import Sheet
 
@@ -82,3 +82,9 @@ def test_every_duty_is_in_both_languages() -> None:
 )
 def test_which_licence(base: str, released: str | None, expected: object) -> None:
     assert licences.of(base, released) is expected
+
+
+def test_our_apache_text_is_whole() -> None:
+    text = terms.OURS.read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
