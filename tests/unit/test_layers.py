@@ -19,6 +19,7 @@ LAYERS = {
     0: [
         *("train", "data_tools", "scripts", "train.errors"),
         *("train.loading", "train.planning", "train.memory", "train.validation"),
+        "train.publishing",
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.watch", "train.config"),
@@ -111,6 +112,7 @@ LAYERS = {
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
+        "train.publishing.*",
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -195,6 +197,7 @@ SIDEWAYS = {
     "train.planning.forecast": {"train.planning.phases"},
     "train.planning.automatic": {"train.planning.phases"},
     "train.planning.plan": {"train.doctor"},
+    "train.publishing.*": {"train.publishing.*"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }

@@ -23,6 +23,7 @@ from train.adapters.intent import PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import LowRank
 from train.adapters.write import save
+from train.config import Config
 from train.errors import CheckpointError
 from train.lora import BLOCK_LINEAR, Adapter
 
@@ -119,6 +120,28 @@ def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
         "kindling.held_out_loss": facts.held_out_loss,
     }
     return {key: str(value) for key, value in fields.items() if value is not None}
+
+
+def settings(config: Config) -> dict[str, str]:
+    """The ss_* fields that are settings, and mean to kohya's readers what they mean here.
+
+    ss_network_module is left out: no module of kohya's was used.
+    """
+    train, optim = config.train, config.optim
+    fields = {
+        "ss_seed": config.seed,
+        "ss_max_train_steps": train.steps,
+        "ss_batch_size_per_device": train.batch_size,
+        "ss_gradient_accumulation_steps": train.accumulate,
+        "ss_optimizer": optim.name,
+        "ss_learning_rate": optim.lr,
+        "ss_lr_scheduler": optim.schedule,
+        "ss_lr_warmup_steps": optim.warmup,
+        "ss_max_grad_norm": optim.max_grad_norm,
+        "ss_network_dropout": config.lora.dropout,
+        "ss_caption_dropout_rate": config.data.caption_dropout,
+    }
+    return {key: str(value) for key, value in fields.items()}
 
 
 def write(

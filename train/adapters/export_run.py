@@ -142,6 +142,7 @@ def publish(
     """
     adapter = chosen.saved.shown(config.export.weights)
     metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
+    metadata |= export.settings(config)
     dtype = DTYPES[config.export.dtype]
     export.write(adapter, path, dtype=dtype, metadata=metadata, layout=layout)
     pipeline = base.pipeline(transformer=transformer)

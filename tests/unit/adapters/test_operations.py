@@ -14,7 +14,7 @@ from tests import bfl, tiny
 from tests.unit.adapters import state as adapters
 from tests.unit.adapters.state import deltas, random_lora, save
 from train.adapters import bake, convert, merge, resize
-from train.adapters.files import body_hash
+from train.adapters.files import File, body_hash
 from train.adapters.merge import open_part
 from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError, ConfigError, MachineError
@@ -273,3 +273,25 @@ def test_metadata_are_kept_but_for_what_became_false(tmp_path: Path) -> None:
     assert found["ss_network_dim"] == "4"
     assert found["kindling.converted_from"].startswith("transformer. + diffusers names")
     assert found["sshs_model_hash"] == body_hash(output)
+
+
+def test_a_merge_says_of_what_where_both_say_what_they_are(tmp_path: Path) -> None:
+    spec = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Flux.2-custom/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.license": "MIT",
+    }
+    titled = spec | {"modelspec.title": "Mika", "modelspec.license": "Apache-2.0"}
+    one = save(random_lora(1), tmp_path / "one.safetensors", spec)
+    two = save(random_lora(2), tmp_path / "two.safetensors", titled)
+    output = tmp_path / "both.safetensors"
+    merge.merge([open_part(str(one)), open_part(str(two))], output)
+    metadata = File(output).metadata
+    assert metadata["modelspec.merged_from"] == "one, Mika"
+    assert metadata["modelspec.title"] == "both"
+    assert metadata["modelspec.architecture"] == "Flux.2-custom/lora"
+    assert "modelspec.license" not in metadata, "they differ"
+    save(random_lora(2), two)
+    merge.merge([open_part(str(one)), open_part(str(two))], output)
+    assert not any(k.startswith("modelspec.m") for k in File(output).metadata)
