@@ -105,7 +105,8 @@ class FrozenLinear(nn.Linear):
         """(..., in) -> (..., out), in the input's type."""
         state = [self.get_parameter(name) for name in STATE[self.kind]]
         if self.fp8_matmul:
-            return _Fp8Product.apply(input, *state)
+            y = _Fp8Product.apply(input.flatten(0, -2), *state)
+            return y if input.ndim == 2 else y.unflatten(0, input.shape[:-1])  # no needless view
         shape = (self.out_features, self.in_features)
         return _Product.apply(input, self.kind, shape, *state)
 
@@ -138,7 +139,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Fp8Product(torch.autograd.Function):
-    """The same for kind fp8 with the product itself in fp8, x and grad scaled row by row.
+    """The same for kind fp8 and x of (M, in), the product itself in fp8, x and grad scaled by row.
 
     x W^T = (qx q^T) * sx * scale; in grad W = (grad * scale) q the scale is on the side that is
     summed over, so it goes into the gradient before that is quantised.
@@ -147,18 +148,16 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        rows, row_scale = quantize_rows(x.flatten(0, -2))
-        y = scaled_matmul(rows, row_scale, weight, scale, x.dtype, False)
-        return y.unflatten(0, x.shape[:-1])
+        rows, row_scale = quantize_rows(x)
+        return scaled_matmul(rows, row_scale, weight, scale, x.dtype, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grad = grads[0]
-        rows, row_scale = quantize_rows(grad.flatten(0, -2) * scale)
+        rows, row_scale = quantize_rows(grad * scale)
         ones = torch.ones_like(weight[0], dtype=torch.float32)
-        grad_x = scaled_matmul(rows, row_scale, weight, ones, grad.dtype, True)
-        return grad_x.unflatten(0, grad.shape[:-1]), None, None
+        return scaled_matmul(rows, row_scale, weight, ones, grad.dtype, True), None, None
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
