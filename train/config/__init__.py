@@ -199,8 +199,8 @@ class MemoryConfig(Section):
         decided = "auto" in (self.gradient_checkpointing, self.resident_blocks)
         if self.budget_gb is not None and not decided:
             problems["budget_gb"] = (
-                "has no effect unless gradient_checkpointing or resident_blocks is auto; set one of "
-                "them to auto, or remove it"
+                "has no effect unless gradient_checkpointing or resident_blocks is auto; set one "
+                "of them to auto, or remove it"
             )
         if problems:
             raise conflict(problems)
