@@ -13,6 +13,7 @@ A product is one opaque operator, for torch.compile too: were the cast visible, 
 merge forward's with backward's and keep the unpacked weight between them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -126,15 +127,12 @@ class _Product(torch.autograd.Function):
         assert state[-1].dtype == torch.float32, "scales were cast by .to()"
         ctx.save_for_backward(*state)
         ctx.kind, ctx.shape = kind, shape
-        y = matmul(x, state, kind, shape, False)
-        return y if kind == "nf4" else y.mul_(state[1])
+        return matmul(x, state, kind, shape, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, state = grads[0], ctx.saved_tensors
-        if ctx.kind != "nf4":
-            grad = grad.clone().mul_(state[1])  # grad * scale would be a whole fp32 tensor
-        grad_x = matmul(grad, state, ctx.kind, ctx.shape, True)
+        state = ctx.saved_tensors
+        grad_x = matmul(grads[0], state, ctx.kind, ctx.shape, True)
         return grad_x, None, None, *(None for _ in state)
 
 
@@ -169,9 +167,24 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kindling::frozen_matmul", mutates_args=())
 def matmul(x: Tensor, state: list[Tensor], kind: str, shape: list[int], transposed: bool) -> Tensor:
-    """x Q^T, or x Q if transposed, Q the unpacked weight of `shape` without its row scales."""
-    weight = _unpack(state, kind, shape, x.dtype)
-    return torch.matmul(x, weight) if transposed else functional.linear(x, weight)
+    """x W^T, or x W if transposed, W the unpacked weight of `shape`.
+
+    All of it is in here: a result scaled in place outside would have two names, of which dynamo of
+    torch 2.11 gives the wrong one its gradient, without a word.
+    """
+    return multiply(x, _unpack(state, kind, shape, x.dtype), state, kind, transposed)
+
+
+def multiply(
+    x: Tensor, weight: Tensor, state: Sequence[Tensor], kind: str, transposed: bool
+) -> Tensor:
+    """The same with the weight unpacked, for fp8 and int8 without its row scales."""
+    if kind == "nf4":
+        return torch.matmul(x, weight) if transposed else functional.linear(x, weight)
+    if transposed:
+        x = x.clone().mul_(state[1])  # x * scale would be a whole fp32 tensor
+        return torch.matmul(x, weight)
+    return functional.linear(x, weight).mul_(state[1])
 
 
 @matmul.register_fake
