@@ -26,8 +26,11 @@ from scripts import bench_report
 REPORT, LOG = "bench-gpu.json", "bench-gpu.log"
 
 TESTS = tuple(
-    f"tests/unit/test_{name}.py"
-    for name in ("transfer", "offload", "waits", "speed", "frozen", "optim")
+    f"tests/unit/{name}.py"
+    for name in (
+        *("memory/test_transfer", "memory/test_offload", "test_waits", "test_branch"),
+        *("test_speed", "loading/test_frozen", "test_optim", "planning/test_footprint"),
+    )
 )
 """Those marked gpu: they prove streams, kernels and a step without waiting, where numbers can't."""
 

@@ -7,8 +7,8 @@ Linear's input and output: most of what a training step holds.
 y = W x + (s B) A x. A and s B are cast on the fly, so the forward has the very numbers that are
 exported in bf16. Each product sums in fp32 and rounds its result once; the sum with W x is part of
 the second one. So A x (r numbers a token), A and s B are rounded to 2^-9 of themselves, and so was
-W x, which is larger. The gradients of A and B are sums over all tokens, rounded once to the base's
-type and added up in fp32.
+W x, which is larger. The gradients of A and B are sums over all tokens, made in fp32 (on a GPU:
+`speed.sum_exactly`), rounded once to the base's type and added up over batches in fp32.
 """
 
 from collections.abc import Iterator

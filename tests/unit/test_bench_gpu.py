@@ -61,6 +61,17 @@ def test_rows_have_names_of_their_own_and_the_first_minutes_the_aims() -> None:
     assert {"dev", "dev compiled", "dev in 24 GB", "dev in 16 GB, 512", "dev in 80 GB"} < {*first}
 
 
+def test_the_tests_for_a_gpu_are_all_of_the_engines() -> None:
+    """A file that has moved would leave pytest with nothing to run."""
+    root = bench_gpu.bench_report.ROOT
+    marked = {
+        str(path.relative_to(root))
+        for path in (root / "tests" / "unit").rglob("test_*.py")
+        if "\n@pytest.mark.gpu\n" in path.read_text(encoding="utf-8")
+    }
+    assert {*bench_gpu.TESTS} == marked - {"tests/unit/caption/test_local.py"}
+
+
 def test_tiny_rows_need_no_gpu_and_are_run_once(tmp_path: Path) -> None:
     rows = list(bench_gpu.smoke(bench_gpu.ROWS))
     assert 8 <= len(rows) < len(bench_gpu.ROWS)

@@ -154,6 +154,27 @@ def test_on_packed_bases(kind: str, fp8_matmul: bool, trains_below: bool) -> Non
         assert (one - other).norm() <= 0.01 * other.norm()
 
 
+@pytest.mark.gpu
+def test_a_gpu_holds_no_wide_copies_and_is_as_exact() -> None:
+    """Beside the output: a narrow side, the factors in bf16, and no fp32 of input or output."""
+    exact = results(layer(dtype=torch.float64), torch.float64)
+    adapted = layer(dtype=torch.bfloat16).to("cuda")
+    x, gradient = (part.detach().cuda() for part in inputs(torch.bfloat16))
+    x.requires_grad_()
+    y = adapted(x)
+    weights = [adapted.lora_A.default.weight, adapted.lora_B.default.weight]
+    found = [y.detach(), *torch.autograd.grad(y, [x, *weights], gradient)]
+    for one, truth in zip(found, exact, strict=True):
+        assert (one.cpu().double() - truth).norm() < 3 * 2**-9 * truth.norm()
+    many = x.detach().repeat(1, 64, 1)
+    adapted(many)  # libraries' own memory is there from now on
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = adapted(many)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1.1 * y.nbytes + many.shape[1] * 2 * RANK * 2 + 2**16
+
+
 def test_disabled_and_merged_are_pefts() -> None:
     adapted, x = layer(), inputs(torch.float32)[0]
     before = adapted(x)
