@@ -272,7 +272,9 @@ def _unpack_nf4(
     blocks = -(-shape[0] * shape[1] // BLOCK)
     maxima = (absmax * scale[:, None]).view(-1)[:blocks]
     dequantize_4bit = torch.ops.bitsandbytes.dequantize_4bit
-    return dequantize_4bit(codes, maxima, BLOCK, "nf4", list(shape), dtype)
+    # its CPU kernel (0.50.2) begins a block with each row: rows of broken blocks are given as one
+    rows = list(shape) if shape[1] % BLOCK == 0 else [1, shape[0] * shape[1]]
+    return dequantize_4bit(codes, maxima, BLOCK, "nf4", rows, dtype).view(*shape)
 
 
 def _maxima(count: int, columns: int) -> tuple[int, int]:
