@@ -17,6 +17,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from train import branch
+from train.branch import START_NAME
 from train.config import LoraConfig
 from train.errors import CheckpointError, ConfigError
 
@@ -33,9 +35,6 @@ TARGET_SETS = {
 }
 
 ADAPTER_NAME = "default"
-
-START_NAME = "start"
-"""The frozen adapter that takes PiSSA's first weights off again; the base stays as it is."""
 
 PISSA_ITERATIONS = 4
 """Of the randomised SVD, as peft's `pissa_niter_4`; a whole SVD would take hours on dev."""
@@ -113,6 +112,8 @@ def attach(
                 write(transformer, start, adapter=START_NAME)
     found = {name.rsplit(".lora_A.", 1)[0] for name, _ in _lora_weights(transformer, "lora_A")}
     assert found == set(targets), f"peft adapted {found ^ set(targets)} otherwise than asked"
+    if lora.compute == "base":
+        branch.use(transformer)
     return targets
 
 

@@ -280,7 +280,7 @@ AUTO = {"resident_blocks": "auto", "gradient_checkpointing": "auto"}
     ("budget", "said"),
     [
         (None, "memory: 4 of 4 blocks recomputed, all resident (no limit known"),
-        (0.612, "memory: 2 of 4 blocks recomputed, all resident (0.6 GB"),
+        (0.63, "memory: 2 of 4 blocks recomputed, all resident (0.6 GB"),
         (9.0, "memory: 0 of 4 blocks recomputed, all resident (9.0 GB"),
     ],
 )

@@ -61,7 +61,7 @@ LAYERS = {
     ],
     3: [
         *("train.loading.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
-        "train.average",
+        *("train.average", "train.branch"),
         *(
             "train.optim",
             "train.speed",
@@ -122,6 +122,7 @@ HIGHEST = {
     "train.loading.base": 2,
     "train.loading.frozen": 1,
     "train.lora": 1,
+    "train.branch": 0,
     "train.optim": 1,
     "train.average": 1,
     "train.speed": 1,
@@ -183,6 +184,7 @@ SIDEWAYS = {
     "train.loading.base": {"train.loading.transformer", "train.loading.weights"},
     "train.encode": {"train.loading.base"},
     "train.encode_text": {"train.loading.base", "train.encode"},
+    "train.lora": {"train.branch"},
     "train.checkpoint": {"train.lora"},
     "train.adapters.comfyui": {"train.adapters.updates"},
     "train.adapters.source": {"train.adapters.*"},

@@ -179,7 +179,8 @@ class MemoryConfig(Section):
     """How a run fits the GPU. None of it changes what is learnt."""
 
     budget_gb: Positive | None = None
-    """GB (10^9 bytes) of GPU memory that auto settings may use; none means what the GPU has."""
+    """GB (10^9 bytes) of GPU memory that auto settings may use, of which they leave a small margin;
+    none means what the GPU has."""
     gradient_checkpointing: Literal["all", "none", "auto"] | Count = "all"
     """Blocks whose activations are recomputed in the backward pass: far less memory, about a third
     more time. A number n: every n-th block. auto: as few as fit the budget."""
@@ -190,10 +191,19 @@ class MemoryConfig(Section):
     and streamed in ahead of their use. auto: as many as fit the budget."""
 
     @model_validator(mode="after")
-    def _something_is_offloaded(self) -> Self:
+    def _nothing_is_ignored(self) -> Self:
+        problems = {}
         if self.offload_activations and self.gradient_checkpointing == "none":
             fault = "has no effect with gradient_checkpointing: none; remove it"
-            raise conflict({"offload_activations": fault})
+            problems["offload_activations"] = fault
+        decided = "auto" in (self.gradient_checkpointing, self.resident_blocks)
+        if self.budget_gb is not None and not decided:
+            problems["budget_gb"] = (
+                "has no effect unless gradient_checkpointing or resident_blocks is auto; set one "
+                "of them to auto, or remove it"
+            )
+        if problems:
+            raise conflict(problems)
         return self
 
 

@@ -41,6 +41,10 @@ class LoraConfig(Section):
     they update, which is taken off again, so the first picture is the base's here too. Costs a
     second, frozen branch in each step and twice the rank in the exported file."""
 
+    compute: Literal["base", "fp32"] = "base"
+    """Type that the update is computed in. base: the base's, as in inference, from fp32 weights.
+    fp32: as peft does it; slower and far more memory on a bf16 base."""
+
     @property
     def scale(self) -> float:
         """Strength of the update, alpha / rank or alpha / sqrt(rank)."""

@@ -126,6 +126,16 @@ def test_averages_are_shown_only_where_there_are_any() -> None:
     assert Config.model_validate(MINIMAL | {"train": train, "export": {"weights": "last"}})
 
 
+def test_a_budget_is_for_auto_settings() -> None:
+    fault = "has no effect unless gradient_checkpointing or resident_blocks is auto; set one of "
+    fault += "them to auto, or remove it"
+    assert problems(memory={"budget_gb": 20.0}) == {"memory.budget_gb": fault}
+    both = {"budget_gb": 20.0, "gradient_checkpointing": "none", "offload_activations": True}
+    assert problems(memory=both).keys() == {"memory.budget_gb", "memory.offload_activations"}
+    for key in ("gradient_checkpointing", "resident_blocks"):
+        Config.model_validate(MINIMAL | {"memory": {"budget_gb": 20.0, key: "auto"}})
+
+
 def test_pissa_needs_the_bases_own_weights() -> None:
     assert problems(lora={"init": "pissa"}, base={"quantize": "nf4"}) == {
         "lora.init": "pissa needs the base's own weights, not base.quantize: nf4; "
