@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from train import checkpoint
-from train.adapters import certify, export
+from train.adapters import certify, export, usage
 from train.adapters.write import LAYOUTS
 from train.checkpoint import Checkpoint
 from train.config import Config, ExportConfig, reading
@@ -135,7 +135,8 @@ def publish(
     path: Path,
     layout: str = "diffusers",
 ) -> dict[str, Any]:
-    """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
+    """Write a checkpoint's adapter to `path`, and beside it its certificate, which is returned, and
+    what helps to use it.
 
     transformer: the base's, without adapters; it is handed back unchanged. layout: one of
     `write.LAYOUTS`.
@@ -149,7 +150,24 @@ def publish(
     certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
+    usage.write(_usage(config, base, transformer, path), path, certificate)
     return certificate
+
+
+def _usage(config: Config, base: Base, transformer: Any, path: Path) -> usage.Usage:
+    shape = Shape.of(transformer)
+    trigger = next((data.trigger for data in config.sets if data.trigger), None)
+    return usage.Usage(
+        file=path.name,
+        pipeline=base.family.pipeline,
+        base=base.name,
+        released=usage.released_as(shape.width, shape.double, shape.single),
+        distilled=base.distilled,
+        prompt=usage.prompt_for(trigger, config.preview.prompts),
+        side=max(config.data.resolutions),
+        weights=config.base.transformer,
+        revision=base.revision,
+    )
 
 
 def summary(certificate: dict[str, Any], path: Path) -> str:
@@ -157,6 +175,8 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     facts = certificate["checkpoint"]
     lines = f"checkpoint: {facts['rule']}, step {facts['step']}; {facts['reason']}\n"
     lines += f"adapter: {path} ({path.stat().st_size / 1e6:.1f} MB)\n"
+    if helps := usage.beside(path):
+        lines += f"to use it: {', '.join(help.name for help in helps)}\n"
     if certificate["passed"]:
         return (
             f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
