@@ -27,7 +27,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     base that doesn't exist.
     """
     source = open_any(path)
-    pipeline = skeleton.pipeline(base or released(source), meta=_fuses_lokr(source))
+    pipeline = skeleton.pipeline(base or released(source), meta=loaders.fuses_lokr(source))
     shape = Shape.of(pipeline.transformer)
     meant = loaders.meant_by(source, shape)
     numbers = _numbers(source)
@@ -60,11 +60,6 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "rounding": losses,
         **verdicts,
     }
-
-
-def _fuses_lokr(source: Source) -> bool:
-    """Whether diffusers will fuse q, k and v for this file, which copies their weights."""
-    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
 
 
 def _adapter(source: Source) -> dict[str, Any]:

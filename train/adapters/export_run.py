@@ -15,7 +15,14 @@ from train.adapters.write import LAYOUTS
 from train.checkpoint import Checkpoint
 from train.config import Config, ExportConfig, reading
 from train.errors import CheckpointError
-from train.loading.base import DTYPES, LICENCES, Base, resolve
+from train.loading.base import (
+    DTYPES,
+    LICENCES,
+    MAX_TEXT_TOKENS,
+    Base,
+    max_text_tokens,
+    resolve,
+)
 from train.loading.names import Shape
 from train.validation import verdict
 from train.validation.verdict import History
@@ -157,14 +164,16 @@ def publish(
 def _usage(config: Config, base: Base, transformer: Any, path: Path) -> usage.Usage:
     shape = Shape.of(transformer)
     trigger = next((data.trigger for data in config.sets if data.trigger), None)
+    released = usage.released_as(shape.width, shape.double, shape.single)
     return usage.Usage(
         file=path.name,
         pipeline=base.family.pipeline,
         base=base.name,
-        released=usage.released_as(shape.width, shape.double, shape.single),
+        released=released,
         distilled=base.distilled,
         prompt=usage.prompt_for(trigger, config.preview.prompts),
         side=max(config.data.resolutions),
+        tokens=MAX_TEXT_TOKENS if released else max_text_tokens(base.load_tokenizer()),
         weights=config.base.transformer,
         revision=base.revision,
     )

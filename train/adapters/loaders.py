@@ -67,6 +67,12 @@ def _meant(source: Source, unit: Unit, shape: Shape) -> dict[str, Update] | Kron
     return source.unit(unit, shape)
 
 
+def fuses_lokr(source: Source) -> bool:
+    """Whether diffusers will fuse q, k and v for this file, which copies their weights: it needs a
+    skeleton on meta."""
+    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
+
+
 def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]:
     """diffusers' verdict; the file stays loaded in the pipeline."""
     path = source.path

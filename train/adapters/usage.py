@@ -13,7 +13,7 @@ from typing import Any
 from data_tools.captions import has_trigger
 from train.adapters import files, workflow
 from train.adapters.workflow import Drawing
-from train.loading.base import DISTILLED, FEW, FULL, NAMED_BASES, Inference
+from train.loading.base import DISTILLED, FEW, FULL, MAX_TEXT_TOKENS, NAMED_BASES, Inference
 from train.loading.shapes import SHAPES
 
 SNIPPET = """\
@@ -29,7 +29,7 @@ if torch.cuda.is_available():
 picture = pipe(
     prompt={prompt},
     width={width}, height={height}, num_inference_steps={steps}, guidance_scale={guidance:g},
-    generator=torch.Generator().manual_seed(0),
+    {tokens}generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save({picture})
 """
@@ -59,6 +59,8 @@ class Usage:
     """With the trigger in it."""
     side: int
     """Of a square picture, in pixels; a multiple of 16."""
+    tokens: int = MAX_TEXT_TOKENS
+    """Positions of a prompt."""
     weights: str | None = None
     """What the base's own weights were replaced by in training, if they were."""
     revision: str | None = None
@@ -100,6 +102,7 @@ def diffusers_snippet(usage: Usage, *, repository: str | None = None) -> str:
         height=usage.side,
         steps=usage.inference.steps,
         guidance=usage.inference.guidance,
+        tokens="" if usage.tokens == MAX_TEXT_TOKENS else f"max_sequence_length={usage.tokens}, ",
         picture=_quoted(f"{Path(usage.file).stem}.png"),
     )
     if usage.weights:
