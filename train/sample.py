@@ -4,6 +4,7 @@ The prompts come from the cache, so no text encoder is needed beside the transfo
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +147,13 @@ def put_on(base: Base, transformer: Any, adapters: Sequence[tuple[Path, float]])
     transformer.unload_lora()
     pipeline: Any = base.pipeline(transformer=transformer)
     names = [f"adapter{number}" for number in range(len(adapters))]
-    for name, (path, _) in zip(names, adapters, strict=True):
-        pipeline.load_lora_weights(
-            str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
-        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters")  # lists all modules
+        for name, (path, _) in zip(names, adapters, strict=True):
+            pipeline.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
+            )
     if names:
         transformer.set_adapters(names, [strength for _, strength in adapters])
 
