@@ -5,7 +5,7 @@ The prompts come from the cache, so no text encoder is needed beside the transfo
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _reference_size(path: Path) -> tuple[int, int]:
 def draw(
     base: Base,
     transformer: Any,
-    requests: Iterable[Request],
+    requests: Sequence[Request],
     *,
     empty_text: Tensor | None,
     steps: int,
@@ -98,7 +98,7 @@ def draw(
 def draw_each(
     base: Base,
     transformer: Any,
-    requests: Iterable[Request],
+    requests: Sequence[Request],
     *,
     empty_text: Tensor | None,
     steps: int,

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools import pictures
 from train import encode_text, sample, texts, usage
 from train.adapters import files, mount
 from train.adapters.opening import open_any, released
@@ -163,15 +162,17 @@ def _encode(
     return embedded, texts.get(cache, keys.prompt("")) if needs_empty else None
 
 
-def _requests(wanted: list[Wish], embedded: dict[str, Tensor]) -> Iterator[sample.Request]:
-    for wish in wanted:
-        yield sample.Request(
+def _requests(wanted: list[Wish], embedded: dict[str, Tensor]) -> list[sample.Request]:
+    return [
+        sample.Request(
             embedded[wish.prompt],
             wish.seed,
             wish.width,
             wish.height,
-            tuple(pictures.load_rgb(reference.path) for reference in wish.references),
+            tuple(reference.path for reference in wish.references),
         )
+        for wish in wanted
+    ]
 
 
 def _references(wish: Wish) -> list[dict[str, str]]:

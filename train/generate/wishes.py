@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import captions, pictures
-from data_tools.buckets import PIXEL_MULTIPLE, REFERENCE_SIDE
+from data_tools.buckets import PIXEL_MULTIPLE, REFERENCE_SIDE, reference_fault
 from data_tools.captions import TextError
 from train.errors import ConfigError, DataError, bullet_list
 
@@ -59,13 +59,11 @@ def size(text: str) -> tuple[int, int]:
 def reference(path: Path) -> Reference:
     """A reference picture that is sure to be taken. Raises DataError."""
     found = pictures.probe(path)
-    sides = sorted((found.width, found.height))
-    if sides[0] < REFERENCE_SIDE:
-        raise DataError(f"{path}: {found.width}x{found.height} is too small a reference; "
-                        f"both sides must be {REFERENCE_SIDE} or more.")  # fmt: skip
-    if sides[1] > MAX_ASPECT * sides[0]:
-        raise DataError(f"{path}: {found.width}x{found.height} is too long a reference; "
-                        f"crop it to at most {MAX_ASPECT}:1.")  # fmt: skip
+    fault = reference_fault(found.width, found.height)
+    if max(found.width, found.height) > MAX_ASPECT * min(found.width, found.height):
+        fault = f"is {found.width}x{found.height}; a reference is at most {MAX_ASPECT}:1"
+    if fault:
+        raise DataError(f"{path} {fault}.")
     return Reference(path, found.sha256)
 
 

@@ -112,7 +112,8 @@ def test_no_size(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [((63, 200), "too small"), ((64, 520), "too long"), ((64, 512), None)]
+    ("size", "words"),
+    [((63, 200), "needs 64 pixels"), ((64, 520), "at most 8:1"), ((64, 512), None)],
 )
 def test_references_are_as_the_pipeline_wants_them(
     size: tuple[int, int], words: str | None, tmp_path: Path
