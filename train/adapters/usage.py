@@ -143,9 +143,16 @@ def _workflow(usage: Usage, distilled: bool) -> dict[str, Any]:
             usage.side,
             inference.steps,
             inference.guidance,
-            trained_on=None if own else usage.weights or usage.base,
+            trained_on=None if own else _public(usage),
         )
     )
+
+
+def _public(usage: Usage) -> str:
+    """What it was trained on, without paths of this machine: workflows are handed on."""
+    if usage.weights:
+        return Path(usage.weights).name
+    return usage.base if usage.revision else Path(usage.base).name
 
 
 def write(usage: Usage, path: Path, certificate: dict[str, Any]) -> list[Path]:
