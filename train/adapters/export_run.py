@@ -10,12 +10,19 @@ from typing import Any
 import torch
 
 from train import checkpoint
-from train.adapters import certify, export
+from train.adapters import certify, export, usage
 from train.adapters.write import LAYOUTS
 from train.checkpoint import Checkpoint
 from train.config import Config, ExportConfig, reading
 from train.errors import CheckpointError
-from train.loading.base import DTYPES, LICENCES, Base, resolve
+from train.loading.base import (
+    DTYPES,
+    LICENCES,
+    MAX_TEXT_TOKENS,
+    Base,
+    max_text_tokens,
+    resolve,
+)
 from train.loading.names import Shape
 from train.validation import verdict
 from train.validation.verdict import History
@@ -135,7 +142,8 @@ def publish(
     path: Path,
     layout: str = "diffusers",
 ) -> dict[str, Any]:
-    """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
+    """Write a checkpoint's adapter to `path`, and beside it its certificate, which is returned, and
+    what helps to use it.
 
     transformer: the base's, without adapters; it is handed back unchanged. layout: one of
     `write.LAYOUTS`.
@@ -149,7 +157,26 @@ def publish(
     certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
+    usage.write(_usage(config, base, transformer, path), path, certificate)
     return certificate
+
+
+def _usage(config: Config, base: Base, transformer: Any, path: Path) -> usage.Usage:
+    shape = Shape.of(transformer)
+    trigger = next((data.trigger for data in config.sets if data.trigger), None)
+    released = usage.released_as(shape.width, shape.double, shape.single)
+    return usage.Usage(
+        file=path.name,
+        pipeline=base.family.pipeline,
+        base=base.name,
+        released=released,
+        distilled=base.distilled,
+        prompt=usage.prompt_for(trigger, config.preview.prompts),
+        side=max(config.data.resolutions),
+        tokens=MAX_TEXT_TOKENS if released else max_text_tokens(base.load_tokenizer()),
+        weights=config.base.transformer,
+        revision=base.revision,
+    )
 
 
 def summary(certificate: dict[str, Any], path: Path) -> str:
@@ -157,6 +184,8 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     facts = certificate["checkpoint"]
     lines = f"checkpoint: {facts['rule']}, step {facts['step']}; {facts['reason']}\n"
     lines += f"adapter: {path} ({path.stat().st_size / 1e6:.1f} MB)\n"
+    if helps := usage.beside(path):
+        lines += f"to use it: {', '.join(help.name for help in helps)}\n"
     if certificate["passed"]:
         return (
             f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"

@@ -7,6 +7,7 @@ Owns these verdicts; what else there is to say of a file is `examine`'s.
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,9 +68,18 @@ def _meant(source: Source, unit: Unit, shape: Shape) -> dict[str, Update] | Kron
     return source.unit(unit, shape)
 
 
+def fuses_lokr(source: Source) -> bool:
+    """Whether diffusers will fuse q, k and v for this file, which copies their weights: it needs a
+    skeleton on meta."""
+    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
+
+
 def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]:
     """diffusers' verdict; the file stays loaded in the pipeline."""
     path = source.path
+    if _never_ends(source):
+        reason = "its loader never ends on an alpha below zero"
+        return _verdict(source, {}, dict.fromkeys(source.file.tensors, FAILS), [reason])
     try:
         with _quiet():
             pipeline.load_lora_weights(
@@ -100,13 +110,22 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     return _verdict(source, found, keys, reasons)
 
 
+def _never_ends(source: Source) -> bool:
+    """diffusers doubles alpha / rank until it is no longer small, in files with lora_down."""
+    down = any(key.end == ".lora_down.weight" for key in source.keys)
+    alphas = map(source.alpha, source.units.values()) if down else ()
+    return any(alpha is not None and alpha < 0 for alpha in alphas)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' own words on what the verdict says."""
+    """Without diffusers' and peft's own words on what the verdict says: peft lists every module."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
 

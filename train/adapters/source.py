@@ -163,13 +163,16 @@ class Source:
         return None
 
     def alpha(self, unit: Unit) -> float | None:
-        """What the unit's alpha tensor says. Raises CheckpointError if it isn't one number."""
+        """What the unit's alpha tensor says. Raises CheckpointError unless it is one number."""
         if "alpha" not in unit.keys:
             return None
         tensor = self.file.get(unit.keys["alpha"])
         if tensor.numel() != 1:
             raise CheckpointError(f"{self.path}: {unit.keys['alpha']} isn't one number.")
-        return float(tensor.float())
+        value = float(tensor.float())
+        if not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: {unit.keys['alpha']} is {value}.")
+        return value
 
     def scale(self, unit: Unit) -> float:
         """At which its product was meant: its alpha tensor's, else the metadata's, else 1."""

@@ -5,9 +5,10 @@ Owns its front matter and its words. Facts are `facts`', the licence's are `lice
 
 from typing import Any
 
+from train.adapters.usage import Usage, diffusers_snippet
+from train.loading.base import DISTILLED
 from train.publishing import licences, pictures
 from train.publishing.facts import Publication
-from train.publishing.snippet import diffusers_snippet
 
 TAGS = ["text-to-image", "lora", "diffusers", "template:sd-lora", "flux2", "comfyui", "kindling"]
 """template:sd-lora makes the hub show the samples as a gallery."""
@@ -87,7 +88,17 @@ def _use(publication: Publication, place: str) -> str:
     best = pictures.best(publication.shown.samples, next(iter(publication.triggers), None))
     prompt = best.prompt if best else ", ".join(publication.triggers) or "a lighthouse at dusk"
     side = max(publication.config.data.resolutions)
-    code = diffusers_snippet(publication, place=place, prompt=prompt, side=side)
+    usage = Usage(
+        file=publication.exported[0].path.name,
+        pipeline=publication.certificate["diffusers"]["pipeline"],
+        base=publication.repository or publication.base,
+        released=publication.released,
+        distilled=publication.repository in DISTILLED.values(),
+        prompt=prompt,
+        side=side,
+        revision=publication.revision,
+    )
+    code = diffusers_snippet(usage, repository=place)
     rows = [
         f"- `{exported.path.name}`: {_LAYOUTS[exported.layout]}"
         for exported in publication.exported
