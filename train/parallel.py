@@ -4,24 +4,29 @@ The adapter is small and whole everywhere, so all that processes exchange of it 
 gradients a step; torch's DDP would send the frozen base at its start, too. The base may be sharded
 by torch's FSDP2: each process keeps a part of every block and gathers the rest while the block is
 in use. Frozen weights have no gradients, so that is all FSDP2 does here, for any type of weights.
-What is launched where is accelerate's.
+DeepSpeed does the same by `zero3`. What is launched where is accelerate's.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from train import zero3
 from train.errors import ConfigError
 
 ENGINES = (
     *(DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
-    DistributedType.FSDP,
+    *(DistributedType.FSDP, DistributedType.DEEPSPEED),
 )
+
+Sharding = Literal["none", "fsdp2", "zero3"]
+"""What keeps the base in parts, if anything does."""
 
 
 def accelerator() -> Accelerator:
@@ -29,6 +34,8 @@ def accelerator() -> Accelerator:
 
     Raises ConfigError for settings that would change training, and for engines without a use here.
     """
+    if zero3.is_launched():
+        zero3.check()
     found = Accelerator(mixed_precision="no")  # base.dtype decides, not a launcher's default
     if found.gradient_accumulation_steps != 1:
         raise ConfigError(
@@ -38,10 +45,10 @@ def accelerator() -> Accelerator:
     if found.distributed_type not in ENGINES:
         raise ConfigError(
             f"accelerate is configured for {found.distributed_type.value}; Kindling trains on one "
-            "device, with plain data parallelism or with FSDP2. configs/accelerate/ has a file for "
-            "each: accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
+            "device, with plain data parallelism, FSDP2 or DeepSpeed. configs/accelerate/ has a file "
+            "for each: accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
         )
-    plugin = found.state.fsdp_plugin if is_sharded(found) else None
+    plugin = found.state.fsdp_plugin if sharding(found) == "fsdp2" else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError(
             "accelerate is configured for FSDP version 1; Kindling needs version 2: "
@@ -50,18 +57,34 @@ def accelerator() -> Accelerator:
     return found
 
 
+def sharding(accelerator: Accelerator) -> Sharding:
+    """By which engine each process holds only a part of the base, if so."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "zero3" if zero3.is_launched() else "none"
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds only a part of the base."""
-    return accelerator.distributed_type == DistributedType.FSDP
+    return sharding(accelerator) != "none"
 
 
-def shard(transformer: Any, *, trainable: Sequence[nn.Parameter], device: torch.device) -> None:
+def shard(
+    transformer: Any,
+    engine: Sharding,
+    *,
+    trainable: Sequence[nn.Parameter],
+    device: torch.device,
+) -> None:
     """Keep a part of each frozen weight on each process; `trainable` ones stay whole, on `device`.
 
     The model may lie in RAM: a block goes to the device by itself before it is cut. Outputs and
     gradients stay what they were, to the bit. From here on all processes must call the model
     together, previews included.
     """
+    if engine == "zero3":
+        zero3.shard(transformer, device)
+        return
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = set(trainable)
     for parameter in trainable:
@@ -70,6 +93,14 @@ def shard(transformer: Any, *, trainable: Sequence[nn.Parameter], device: torch.
     for module in [*blocks, transformer]:
         own = {parameter for parameter in module.parameters() if parameter in whole}
         fully_shard(module, mesh=mesh, ignored_params=own)
+
+
+def describe(transformer: nn.Module, engine: Sharding) -> str:
+    """How much of the base is here, for the console."""
+    frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    parts = [p.to_local() if isinstance(p, DTensor) else zero3.own_part(p) for p in frozen]
+    own, whole = sum(p.nbytes for p in parts), sum(zero3.whole_size(p) for p in frozen)
+    return f"base in parts ({engine}): {own / 1e9:.3g} of {whole / 1e9:.3g} GB on each process"
 
 
 @torch.no_grad()

@@ -197,7 +197,8 @@ def _build(
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
-    sharded = parallel.is_sharded(accelerator)
+    sharding = parallel.sharding(accelerator)
+    sharded = sharding != "none"
     memory, said = automatic.settle(
         config,
         shape=shape,
@@ -216,9 +217,11 @@ def _build(
         memory=memory,
         device=device,
         dtype=base.dtype,
-        sharded=sharded,
+        sharding=sharding,
         start=saved.start if saved else None,
     )
+    if sharded:
+        accelerator.print(parallel.describe(transformer, sharding))
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0
     tracker = Tracker(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,14 +114,18 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(whole, shared, dev_folder
 
 
 @pytest.mark.parametrize(
-    ("engine", "quantize", "memory"),
+    ("engine", "quantize", "memory", "count"),
     [
-        ("ddp", "none", {"gradient_checkpointing": "none", "resident_blocks": 0}),
-        ("fsdp2", "nf4", {"gradient_checkpointing": "all"}),
+        ("ddp", "none", {"gradient_checkpointing": "none", "resident_blocks": 0}, 6),
+        ("fsdp2", "nf4", {"gradient_checkpointing": "all"}, 6),
+        pytest.param(
+            *("zero3", "fp8", {"gradient_checkpointing": 2}, 3),
+            marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"),
+        ),
     ],
 )
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(
-    engine, quantize, memory, shared, dev_folder, train_run: TrainRun
+    engine, quantize, memory, count, shared, dev_folder, train_run: TrainRun
 ):
     """Same pictures, noise, dropout and weights in every step; only the order of sums differs.
     Streaming, sharding and recomputation change no bit, which other tests hold.
@@ -134,12 +140,16 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
         "lora": {"dropout": 0.1},
         "optim": {"eps": 1e-4},
     }
-    steps = {"steps": 6, "accumulate": 1}
+    steps = {"steps": count, "accumulate": 1}
     sections = {"train": steps, "memory": memory, "preview": PREVIEW, **changes}
     config = write_config(shared, engine, model=dev_folder, **sections)
     output = runs.launch(config, engine=engine)
     assert "2 processes" in output
     assert "certificate: loads" in output
+    if engine != "ddp":
+        share = re.search(rf"base in parts \({engine}\): (\S+) of (\S+) GB", output)
+        assert share is not None
+        assert float(share[1]) == pytest.approx(float(share[2]) / 2, rel=0.05)
     two = shared / engine / "runs" / "tiny"
     assert len(list((two / "previews").iterdir())) == 2 * 2
     one = train_run(f"one for {engine}", train={**steps, "accumulate": 2}, **changes)
