@@ -7,6 +7,7 @@ in use. Frozen weights have no gradients, so that is all FSDP2 does here, for an
 DeepSpeed does the same by `zero3`. What is launched where is accelerate's.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -45,11 +46,10 @@ def accelerator() -> Accelerator:
     if found.distributed_type not in ENGINES:
         raise ConfigError(
             f"accelerate is configured for {found.distributed_type.value}; Kindling trains on one "
-            "device, with plain data parallelism, FSDP2 or DeepSpeed. configs/accelerate/ has a file "
-            "for each: accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
+            "device, with plain data parallelism, FSDP2 or DeepSpeed. There is a file for each: "
+            "accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
         )
-    plugin = found.state.fsdp_plugin if sharding(found) == "fsdp2" else None
-    if plugin is not None and plugin.fsdp_version != 2:
+    if sharding() == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "accelerate is configured for FSDP version 1; Kindling needs version 2: "
             "accelerate launch --config_file configs/accelerate/fsdp2.yaml train.py ..."
@@ -57,16 +57,19 @@ def accelerator() -> Accelerator:
     return found
 
 
-def sharding(accelerator: Accelerator) -> Sharding:
-    """By which engine each process holds only a part of the base, if so."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return "fsdp2"
-    return "zero3" if zero3.is_launched() else "none"
+def sharding() -> Sharding:
+    """By which engine each process holds only a part of the base, if so.
+
+    What accelerate's launcher has set: accelerate itself forgets both engines on CPUs.
+    """
+    if zero3.is_launched():
+        return "zero3"
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "none"
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
+def is_sharded() -> bool:
     """Whether each process holds only a part of the base."""
-    return sharding(accelerator) != "none"
+    return sharding() != "none"
 
 
 def shard(
@@ -98,9 +101,13 @@ def shard(
 def describe(transformer: nn.Module, engine: Sharding) -> str:
     """How much of the base is here, for the console."""
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
-    parts = [p.to_local() if isinstance(p, DTensor) else zero3.own_part(p) for p in frozen]
-    own, whole = sum(p.nbytes for p in parts), sum(zero3.whole_size(p) for p in frozen)
+    own, whole = sum(own_part(p).nbytes for p in frozen), sum(zero3.whole_size(p) for p in frozen)
     return f"base in parts ({engine}): {own / 1e9:.3g} of {whole / 1e9:.3g} GB on each process"
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a weight; all of it, if it isn't sharded."""
+    return weight.to_local() if isinstance(weight, DTensor) else zero3.own_part(weight)
 
 
 @torch.no_grad()

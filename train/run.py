@@ -98,7 +98,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-    if accelerator.is_main_process or parallel.is_sharded(accelerator):
+    if accelerator.is_main_process or parallel.is_sharded():
         transformer.unload_lora()
         with _place_of_export(folder, main=accelerator.is_main_process) as place:
             path = Path(place) / f"{config.name}.safetensors"
@@ -197,7 +197,7 @@ def _build(
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
-    sharding = parallel.sharding(accelerator)
+    sharding = parallel.sharding()
     sharded = sharding != "none"
     memory, said = automatic.settle(
         config,

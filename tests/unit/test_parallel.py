@@ -78,17 +78,12 @@ class Asked:
     gradient_accumulation_steps = 1
     distributed_type = DistributedType.NO
 
-    class state:  # noqa: N801
-        class fsdp_plugin:  # noqa: N801
-            fsdp_version = 1
-
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"gradient_accumulation_steps": 4}, "is 4: set train.accumulate instead"),
         ({"distributed_type": DistributedType.XLA}, "configured for XLA; .*ddp.yaml"),
-        ({"distributed_type": DistributedType.FSDP}, "FSDP version 1; .*fsdp2.yaml"),
     ],
 )
 def test_what_would_change_training_is_refused(
@@ -98,6 +93,16 @@ def test_what_would_change_training_is_refused(
     monkeypatch.setattr(parallel, "Accelerator", lambda mixed_precision: asked)
     with pytest.raises(ConfigError, match=message):
         parallel.accelerator()
+
+
+def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "Accelerator", lambda mixed_precision: Asked())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"FSDP version 1; .*fsdp2\.yaml"):
+        parallel.accelerator()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    parallel.accelerator()
+    assert parallel.sharding() == "fsdp2"
 
 
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
