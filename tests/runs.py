@@ -119,8 +119,16 @@ ENGINES = {
     "one": ("--cpu", "--num_processes", "1"),
     "ddp": ("--multi_gpu", "--num_processes", "2"),
     "fsdp2": ("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"),
+    "zero3": (
+        *("--use_deepspeed", "--zero_stage", "3", "--zero3_init_flag", "false"),
+        *("--num_processes", "2"),
+    ),
 }
 """Arguments of accelerate's launcher; with ACCELERATE_USE_CPU they mean CPUs."""
+
+
+SCRIPTS = {"zero3": ROOT / "tests" / "train_without_shm.py"}
+"""What is launched in place of train.py."""
 
 
 def start(config: Path, *arguments: str, engine: str = "one") -> subprocess.Popen[str]:
@@ -128,7 +136,7 @@ def start(config: Path, *arguments: str, engine: str = "one") -> subprocess.Pope
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *ENGINES[engine]]
     command += ["--num_machines", "1", "--main_process_port", "0"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
+    command += [str(SCRIPTS.get(engine, ROOT / "train.py")), "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,

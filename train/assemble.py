@@ -17,6 +17,7 @@ from train.loading import frozen
 from train.loading.transformer import Place
 from train.lora import Adapter
 from train.memory import offload, recompute
+from train.parallel import Sharding
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel
@@ -75,14 +76,14 @@ def assemble(
     memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
-    sharded: bool = False,
+    sharding: Sharding = "none",
     start: Adapter | None = None,
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
+    dtype: what the blocks compute in. sharding: of the base over all processes. start: a resumed
     run's, see `lora.attach`.
     Raises UserError where the machine can't do what is asked.
     """
@@ -93,13 +94,10 @@ def assemble(
         parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
-    if sharded:
-        if memory.streamed:
-            raise ConfigError(
-                "memory.resident_blocks: a base that FSDP2 shards can't be streamed, too. Write "
-                "all, or launch without FSDP."
-            )
-        parallel.shard(transformer, trainable=lora.trainable(transformer), device=device)
+    if sharding != "none":
+        _check_sharded(sharding, memory, compiled=config.speed.compile)
+        trainable = lora.trainable(transformer)
+        parallel.shard(transformer, sharding, trainable=trainable, device=device)
     elif memory.streamed:
         offload.attach(transformer, resident=memory.resident, device=device)
     if memory.recomputed:
@@ -112,3 +110,17 @@ def assemble(
         frozen.use_fp8_matmul(transformer, device)
     undo.push(speed.apply(transformer, config.speed, device=device, dtype=dtype))
     return Assembled(targets, start, undo)
+
+
+def _check_sharded(sharding: Sharding, memory: Memory, *, compiled: bool) -> None:
+    """Raises ConfigError for settings that a sharded base can't have."""
+    if memory.streamed:
+        raise ConfigError(
+            "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
+            "all, or launch without FSDP or DeepSpeed."
+        )
+    if compiled and sharding == "zero3":
+        raise ConfigError(
+            "speed.compile: DeepSpeed gathers each Linear by itself, inside of what would be "
+            "compiled. Write false, or launch with configs/accelerate/fsdp2.yaml."
+        )

@@ -98,7 +98,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-    if accelerator.is_main_process or parallel.is_sharded(accelerator):
+    if accelerator.is_main_process or parallel.is_sharded():
         transformer.unload_lora()
         with _place_of_export(folder, main=accelerator.is_main_process) as place:
             path = Path(place) / f"{config.name}.safetensors"
@@ -197,7 +197,8 @@ def _build(
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
-    sharded = parallel.is_sharded(accelerator)
+    sharding = parallel.sharding()
+    sharded = sharding != "none"
     memory, said = automatic.settle(
         config,
         shape=shape,
@@ -216,9 +217,11 @@ def _build(
         memory=memory,
         device=device,
         dtype=base.dtype,
-        sharded=sharded,
+        sharding=sharding,
         start=saved.start if saved else None,
     )
+    if sharded:
+        accelerator.print(parallel.describe(transformer, sharding))
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0
     tracker = Tracker(

@@ -184,7 +184,7 @@ class Trainer:
         """Draw the preview prompts: on the main process, or together where the base is sharded."""
         self._settle()
         main = self._accelerator.is_main_process
-        if self._previews.requests and (main or parallel.is_sharded(self._accelerator)):
+        if self._previews.requests and (main or parallel.is_sharded()):
             with self._shown():
                 pictures = sample.draw(
                     self._base,

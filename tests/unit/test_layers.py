@@ -49,6 +49,7 @@ LAYERS = {
             "train.validation.verdict",
             "train.interrupt",
             "train.memory.transfer",
+            "train.zero3",
         ),
         *("data_tools.formats", "data_tools.buckets", "data_tools.pictures", "data_tools.captions"),
         *("data_tools.folder", "data_tools.drafts", "data_tools.tables", "data_tools.sidecars"),

@@ -34,7 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, vector_norm
 
-from train import lora
+from train import lora, parallel
 from train.adapters import comfyui, files
 from train.adapters.intent import PREFIX
 from train.adapters.source import Source
@@ -330,10 +330,10 @@ def _borrowed(transformer: Any) -> Iterator[Callable[[], bool]]:
 
 
 def _fingerprints(transformer: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
-    """Of every weight's bits: a change of any one bit changes them."""
+    """Of every weight's bits: a change of any one bit changes them. Of a base in parts, its own."""
     return {
-        name: (tensor.dtype, int(torch.hash_tensor(tensor.detach()).item()))
-        for name, tensor in transformer.state_dict().items()
+        name: (tensor.dtype, int(torch.hash_tensor(parallel.own_part(tensor).detach()).item()))
+        for name, tensor in transformer.state_dict(keep_vars=True).items()
     }
 
 

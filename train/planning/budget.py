@@ -19,6 +19,10 @@ MARGIN = 0.03
 """Share of a GPU's memory that plans leave free: for a desktop and other programs, and because the
 two constants above and the kernels' own workspace haven't been measured."""
 
+GATHERED = 4
+"""Largest blocks that are whole at once where the base is in parts on several GPUs: measured on two
+CPU processes, the same for FSDP2 and ZeRO-3; on a GPU not yet."""
+
 STATE = {
     "adamw": 8.0,
     "adamw8bit": 2.0 + 2 * 4 / 256,
@@ -137,6 +141,16 @@ def allowed(memory: int | float) -> int:
 def needed(allocated: int | float) -> int:
     """GPU memory that so much allocated takes; the margin isn't in it."""
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
+
+
+def sharded(footprint: Footprint, *, processes: int) -> Footprint:
+    """What each of several processes holds that have the base in parts.
+
+    What is outside the blocks is gathered all along, and some blocks are.
+    """
+    blocks = tuple(replace(b, weights=-(-b.weights // processes)) for b in footprint.blocks)
+    gathered = footprint.others + GATHERED * max(block.weights for block in footprint.blocks)
+    return replace(footprint, blocks=blocks, others=footprint.others // processes + gathered)
 
 
 def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:

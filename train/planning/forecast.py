@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.buckets import Geometry
 from train.config import Config
 from train.config.schema import PIXEL_MULTIPLE
+from train.errors import ConfigError
 from train.planning import budget, phases
 from train.planning.budget import Decision, Footprint
 from train.planning.facts import Facts
@@ -27,6 +28,8 @@ class Room:
     gpu: Gpu | None
     ram: int | None
     disk: int | None
+    processes: int = 1
+    """GPUs of its kind that the base is in parts on."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,20 @@ def forecast(
     step = phases.step_of(config, pictures.target, pictures.references)
     metered = meters.step(config.lora, step)
     limit = limit_of(config, room.gpu)
+    apart = room.processes > 1
     decision = budget.decide(
-        metered,
+        budget.sharded(metered, processes=room.processes) if apart else metered,
         config.memory,
         optim=config.optim,
         ema=config.train.ema is not None,
-        budget=None if limit is None else budget.allowed(limit),
+        budget=None if limit is None or apart else budget.allowed(limit),  # as a run decides
     )
-    case = Case(config, facts, pictures, room.gpu, meters, metered, decision)
+    if apart and decision.choice.resident < len(metered.blocks):
+        raise ConfigError(
+            "memory.resident_blocks: a base in parts on several GPUs can't be streamed, too. Write "
+            "all, or plan without --sharded."
+        )
+    case = Case(config, facts, pictures, room.gpu, meters, metered, decision, room.processes)
     listed = tuple(phases.phases(case))
     lacking = tuple(_lacking(listed, facts, limit=limit, room=room))
     return Forecast(config, pictures, metered, decision, listed, limit, lacking)

@@ -128,7 +128,10 @@ class Case:
     gpu: Gpu | None
     meters: Meters
     metered: Footprint
+    """Of the whole base."""
     decision: Decision
+    processes: int = 1
+    """That have the base in parts; more than one take so many times the RAM together."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +154,7 @@ class Case:
 def phases(case: Case) -> list[Phase]:
     """All phases, in order."""
     need = case.decision.need
-    return [
+    alone = [
         Phase("read the pictures", 0, PROCESS, 0, None),
         _encode_pictures(case),
         _encode_captions(case),
@@ -163,6 +166,7 @@ def phases(case: Case) -> list[Phase]:
             "export, certificate", need.held, PROCESS, 2 * case.metered.parameters, EXPORT_SECONDS
         ),
     ]
+    return [replace(phase, ram=phase.ram * case.processes) for phase in alone]
 
 
 def _encode_pictures(case: Case) -> Phase:
@@ -210,7 +214,8 @@ def _text_cache(case: Case) -> int:
 def _load(case: Case) -> Phase:
     quantized = case.config.base.quantize != "none"
     copy = case.metered.weights if quantized else 0
-    ram = PROCESS + LOADING + case.decision.need.ram
+    whole = case.metered.weights if case.processes > 1 else 0  # read into RAM, then cut
+    ram = PROCESS + LOADING + case.decision.need.ram + whole
     read = _size_of(case.facts, "transformer") / DISK_RATE
     note = "the quantised copy stays on disk" if quantized else ""
     return Phase("load the transformer", case.decision.need.held, ram, copy, read, note)
@@ -221,6 +226,9 @@ def _train(case: Case) -> Phase:
     one = case.gpu and step_seconds(
         case.facts.transformer, case.step, case.metered, case.decision.choice, gpu=case.gpu
     )
+    if case.gpu and one and case.processes > 1:  # gathered in the forward and in the backward
+        others = 1 - 1 / case.processes
+        one = max(one, 2 * others * case.metered.weights / (case.gpu.link * LINK_SHARE))
     seconds = one and one * train.accumulate * train.steps
     averages = train.ema is not None or config.optim.name == "schedulefree"
     parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own
