@@ -88,7 +88,7 @@ def assemble(
     """
     seed = randomness.derived_seed(config.seed, "lora")
     targets = lora.attach(transformer, config.lora, seed=seed, start=start)
-    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+    if config.lora.init == "pissa" or config.lora.kind == "dora":  # GPUs round differently
         parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
         parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)

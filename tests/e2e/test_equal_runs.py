@@ -19,6 +19,7 @@ from train.average import ema_decay
 from train.errors import ConfigError
 from train.loading.names import Shape, diffusers_places
 from train.loading.weights import PREFIX
+from train.lora import pissa
 from train.memory import offload
 from train.track import Tracker
 
@@ -74,7 +75,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
     crash_at(7)
     with pytest.raises(CrashError):
         train_run(f"{name} resumed", **sections)
-    monkeypatch.setattr(lora, "PISSA_ITERATIONS", 5)  # as if the SVD rounded otherwise now
+    monkeypatch.setattr(pissa, "ITERATIONS", 5)  # as if the SVD rounded otherwise now
     resumed = train_run(f"{name} resumed", resume=True, **sections)
     runs.assert_same_run(whole, resumed)
     certificate = json.loads((resumed / "tiny.certificate.json").read_text(encoding="utf-8"))
