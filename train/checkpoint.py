@@ -61,8 +61,8 @@ class Checkpoint:
     """The optimizer's state_dict."""
     average: AnyAdapter | None = None
     """The averaged weights, where the run keeps some."""
-    start: Adapter | None = None
-    """What is taken off all weights: see `lora.with_start`."""
+    start: AnyAdapter | None = None
+    """What is taken off all weights: see `lora.with_start`. Only LoRA has one."""
 
     def shown(self, weights: str) -> AnyAdapter:
         """The update to the base as users see it.
@@ -72,7 +72,8 @@ class Checkpoint:
         chosen = self.average if weights == "average" and self.average else self.adapter
         if self.start is None:
             return chosen
-        assert isinstance(chosen, Adapter), "only LoRA has a start"
+        assert isinstance(chosen, Adapter)
+        assert isinstance(self.start, Adapter)
         return with_start(chosen, self.start)
 
 

@@ -78,9 +78,9 @@ def tensors_of(update: Update) -> list[Tensor]:
     return tensors if update.magnitude is None else [*tensors, update.magnitude]
 
 
-def row_squares(weight: Tensor) -> Tensor:
-    """Squared norms of a weight's rows, (out,) fp32. weight: (out, in) of any float type."""
-    return torch.cat([part.detach().float().square().sum(1) for part in weight.split(ROWS)])
+def row_squares(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Squared norms of a weight's rows, (out,). weight: (out, in) of any float type."""
+    return torch.cat([part.detach().to(dtype).square().sum(1) for part in weight.split(ROWS)])
 
 
 def changed_squares(weight: Tensor, up: Tensor, down: Tensor, *, squares: Tensor) -> Tensor:
@@ -139,11 +139,12 @@ def kronecker_distance(one: Kronecker, two: Kronecker) -> float:
 
     kron(l, r) - kron(l', r') = kron(l - l', r) + kron(l', r - r').
     """
-    l, r = one.scale * one.left.double(), one.right.double()
-    l2, r2 = two.scale * two.left.double(), two.right.double()
-    squares = (l - l2).square().sum() * r.square().sum()
-    squares += 2 * torch.sum((l - l2) * l2) * torch.sum(r * (r - r2))
-    squares += l2.square().sum() * (r - r2).square().sum()
+    left, right = one.scale * one.left.double(), one.right.double()
+    other = two.scale * two.left.double(), two.right.double()
+    off_left, off_right = left - other[0], right - other[1]
+    squares = off_left.square().sum() * right.square().sum()
+    squares += 2 * torch.sum(off_left * other[0]) * torch.sum(right * off_right)
+    squares += other[0].square().sum() * off_right.square().sum()
     return squares.clamp(min=0).sqrt().item()
 
 

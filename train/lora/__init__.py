@@ -24,10 +24,25 @@ if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel
 
 __all__ = [
-    *("ADAPTER_NAME", "BLOCK_LINEAR", "Adapter", "AnyAdapter", "LokrAdapter"),
-    *("attach", "block_kind", "block_linears", "disabled", "gradient_norms", "read", "read_start"),
-    *("select_targets", "start_parameters", "trainable", "trainable_up", "update_norms"),
-    *("with_start", "write"),
+    "ADAPTER_NAME",
+    "BLOCK_LINEAR",
+    "Adapter",
+    "AnyAdapter",
+    "LokrAdapter",
+    "attach",
+    "block_kind",
+    "block_linears",
+    "disabled",
+    "gradient_norms",
+    "read",
+    "read_start",
+    "select_targets",
+    "start_parameters",
+    "trainable",
+    "trainable_up",
+    "update_norms",
+    "with_start",
+    "write",
 ]
 
 
@@ -36,7 +51,7 @@ def attach(
     lora: LoraConfig,
     *,
     seed: int,
-    start: Adapter | None = None,
+    start: AnyAdapter | None = None,
 ) -> list[str]:
     """Freeze the base, add a fresh adapter in fp32 (its update is zero) and return its modules.
 
@@ -97,16 +112,12 @@ def write(transformer: nn.Module, source: AnyAdapter, *, adapter: str = ADAPTER_
         slot.copy_(weights[name])
 
 
-def read_start(transformer: nn.Module, lora: LoraConfig) -> Adapter | None:
+def read_start(transformer: nn.Module, lora: LoraConfig) -> AnyAdapter | None:
     """A copy of what is taken off the adapter, on the CPU; None where that is nothing.
 
     Frozen as it is, it is streamed with the base: to be read before that begins.
     """
-    if lora.init != "pissa":
-        return None
-    start = read(transformer, lora, adapter=START_NAME)
-    assert isinstance(start, Adapter), "only LoRA starts from the base's directions"
-    return start
+    return read(transformer, lora, adapter=START_NAME) if lora.init == "pissa" else None
 
 
 @contextmanager

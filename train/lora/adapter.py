@@ -1,4 +1,4 @@
-"""Adapters in memory, one class for each form of update, and what all of them can say of themselves.
+"""Adapters in memory: one class for each form of update, and what all can say of themselves.
 
 Owns no model and no file: how an adapter gets into a transformer is the package's, files are
 `export`'s and `checkpoint`'s.
@@ -45,7 +45,9 @@ class Adapter:
     def parts(self) -> Parts:
         """All tensors."""
         parts = {"lora_A": self.down, "lora_B": self.up}
-        return parts if self.magnitude is None else parts | {"lora_magnitude_vector": self.magnitude}
+        return (
+            parts if self.magnitude is None else parts | {"lora_magnitude_vector": self.magnitude}
+        )
 
     @property
     def scale(self) -> float:
@@ -54,7 +56,7 @@ class Adapter:
 
     def update(self, module: str) -> LowRank:
         """What it does to one module's weight."""
-        magnitude = self.magnitude and self.magnitude[module]
+        magnitude = None if self.magnitude is None else self.magnitude[module]
         return LowRank(self.up[module], self.down[module], self.scale, magnitude)
 
     def delta(self, module: str) -> Tensor:

@@ -7,10 +7,12 @@ the gradient. peft makes the changed weight in fp32 for it, twice the base's byt
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from train.adapters.updates import changed_squares, row_squares
 from train.errors import ConfigError
+from train.lora import base
 
 
 class Magnitude(nn.Module):
@@ -31,8 +33,8 @@ class Magnitude(nn.Module):
         self,
         x: Tensor,
         *,
-        lora_A: nn.Linear,  # noqa: N803  peft's names
-        lora_B: nn.Linear,  # noqa: N803
+        lora_A: nn.Linear,
+        lora_B: nn.Linear,
         scaling: float,
         base_layer: nn.Linear,
         base_result: Tensor,
@@ -46,25 +48,32 @@ class Magnitude(nn.Module):
         return (factor - 1) * base_result + factor * scaling * lora_B(lora_A(x))
 
 
-def check(transformer: nn.Module, targets: list[str]) -> None:
-    """Raises ConfigError for a base whose weights can't be read, or with a row of zeros."""
-    for name in targets:
-        weight: Any = transformer.get_submodule(name).weight
+@torch.no_grad()
+def start(transformer: nn.Module, targets: list[str]) -> dict[str, Magnitude]:
+    """The norms of the base's rows, by module.
+
+    Raises ConfigError for a base whose weights can't be read, or with a row of zeros.
+    """
+    found = {}
+    for name, weight in base.weights(transformer, targets):
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"lora.kind: dora starts from the norms of the base's rows, but {name} is kept as "
                 f"{str(weight.dtype).removeprefix('torch.')}. Use a base in bf16, or lora."
             )
-        if not weight.is_meta and not weight.detach().any(dim=1).all():
+        found[name] = Magnitude(weight)
+        if not weight.is_meta and not found[name].squares.all():
             raise ConfigError(
                 f"lora.kind: dora scales rows of weights, but {name} has a row of zeros, which has "
                 "no direction. Leave it out with lora.targets, or use lora."
             )
+    return found
 
 
-@torch.no_grad()
-def put_on(transformer: nn.Module, targets: list[str], *, name: str) -> None:
-    """Magnitudes of ours in peft's fresh layers: the norms of the base's rows, fp32."""
-    for module in targets:
+def put_on(transformer: nn.Module, magnitudes: dict[str, Magnitude], *, name: str) -> None:
+    """Make DoRA of peft's LoRA layers: its own way there makes each changed weight whole."""
+    for module, magnitude in magnitudes.items():
         layer: Any = transformer.get_submodule(module)
-        layer.lora_magnitude_vector[name] = Magnitude(layer.get_base_layer().weight)
+        layer.lora_magnitude_vector[name] = magnitude.to(layer.lora_A[name].weight.device)
+        layer.lora_variant[name] = layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+        layer.use_dora[name] = True

@@ -5,7 +5,6 @@ its numbers never move at the usual learning rates; here they are fp32 always.
 """
 
 import re
-
 from typing import Any
 
 import peft
@@ -32,6 +31,7 @@ def add(
     dropout: float = 0.0,
 ) -> None:
     """A fresh adapter on these modules. Raises ConfigError where a weight has no room for it."""
+    magnitudes = dora.start(transformer, targets) if config.kind == "dora" else {}
     if config.kind == "lokr":
         lokr.check(transformer, targets, factor=config.factor)
         settings = peft.LoKrConfig(
@@ -41,15 +41,12 @@ def add(
             target_modules=targets,
         )
     else:
-        if config.kind == "dora":
-            dora.check(transformer, targets)
         settings = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.scale * config.rank,  # pyright: ignore[reportArgumentType]
             lora_dropout=dropout,
             target_modules=targets,
             bias="none",
-            use_dora=config.kind == "dora",
         )
     transformer.add_adapter(settings, adapter_name=name)
     for parameters in parts(transformer, name=name).values():
@@ -57,8 +54,7 @@ def add(
             parameter.data = parameter.data.float()
     if config.kind == "lokr":
         lokr.put_on(transformer, targets)
-    if config.kind == "dora":
-        dora.put_on(transformer, targets, name=name)
+    dora.put_on(transformer, magnitudes, name=name)
 
 
 def parts(transformer: nn.Module, *, name: str = NAME) -> dict[str, dict[str, nn.Parameter]]:

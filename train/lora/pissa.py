@@ -1,4 +1,4 @@
-"""PiSSA's start, the main directions of the weights, and the frozen adapter that takes it off again.
+"""PiSSA's start, the main directions of weights, and the frozen adapter that takes it off again.
 
 peft takes the start off the base's weights, which rounds them; here the base stays as it is.
 """
