@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         type=_layouts,
-        default=("diffusers",),
         metavar="LAYOUT,...",
-        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too",
+        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too, and of "
+        "DoRA, where it doesn't, comfyui beside it",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="instead of the config's export.dtype")
     parser.add_argument(
@@ -56,14 +56,25 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output or run / f"{config.name}.safetensors"
     transformer = base.load_transformer(device, cache=Path(config.cache))
     passed = True
-    for layout in arguments.format:
+    formats = arguments.format or formats_of(config)
+    for layout in formats:
         path = output
-        if layout != "diffusers" and (arguments.output is None or len(arguments.format) > 1):
-            path = output.with_name(f"{output.stem}-{layout}{output.suffix}")
+        if arguments.output is None or len(formats) > 1:
+            path = place(output, layout)
         certificate = publish(config, base, transformer, chosen, path=path, layout=layout)
         print(summary(certificate, path))
         passed &= certificate["passed"]
     return 0 if passed else 1
+
+
+def formats_of(config: Config) -> tuple[str, ...]:
+    """The layouts that diffusers and ComfyUI need: one of DoRA for each, otherwise one for both."""
+    return ("diffusers", "comfyui") if config.lora.kind == "dora" else ("diffusers",)
+
+
+def place(path: Path, layout: str) -> Path:
+    """Of a layout's file: the name alone is diffusers'."""
+    return path if layout == "diffusers" else path.with_name(f"{path.stem}-{layout}{path.suffix}")
 
 
 @dataclass(frozen=True)
@@ -152,9 +163,14 @@ def publish(
     metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
     metadata |= export.settings(config)
     dtype = DTYPES[config.export.dtype]
-    export.write(adapter, path, dtype=dtype, metadata=metadata, layout=layout)
+    export.write(
+        adapter, path, dtype=dtype, metadata=metadata, layout=layout, transformer=transformer
+    )
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
+    loaders = certify.LOADERS
+    if adapter.kind == "dora":  # the names of its magnitudes are known to one of them each
+        loaders = ("diffusers",) if layout == "diffusers" else ("comfyui",)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline, loaders=loaders)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
     usage.write(_usage(config, base, transformer, path), path, certificate)
@@ -187,9 +203,9 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     if helps := usage.beside(path):
         lines += f"to use it: {', '.join(help.name for help in helps)}\n"
     if certificate["passed"]:
-        return (
-            f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
-        )
+        loaders = " and in ".join(certify.TITLES[loader] for loader in certificate["for"])
+        only = "" if len(certificate["for"]) > 1 else "; for no other loader"
+        return f"{lines}certificate: loads in {loaders} at strength 1, every key used{only}"
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
     return f"{lines}certificate: FAILED\n{reasons}"
 

@@ -18,6 +18,11 @@ PEFT_METADATA = "lora_adapter_metadata"
 PREFIX = "transformer."
 
 
+DORA_NORMS = "kindling.dora_norms"
+"""In the metadata of DoRA for ComfyUI, which divides by the norms of the base's rows, not of the
+changed weight's: its dora_scale is then the magnitude times the one over the other."""
+
+
 @dataclass(frozen=True)
 class Intent:
     """Strengths that a file states in its metadata, in peft's words."""

@@ -305,6 +305,7 @@ class Config(Section):
                 f"pissa needs the base's own weights, not base.quantize: {self.base.quantize}; "
                 "remove one of the two"
             )
+        problems |= self._kind_problems()
         problems |= self._average_problems()
         if not self.preview.texts:
             unused = "has no effect without preview.prompts or edits; remove it or add some"
@@ -321,6 +322,21 @@ class Config(Section):
         if problems:
             raise conflict(problems)
         return self
+
+    def _kind_problems(self) -> dict[str, str]:
+        """What a kind of adapter can't have."""
+        problems = {}
+        if self.lora.kind == "dora" and self.base.quantize != "none":
+            problems["lora.kind"] = (
+                f"dora trains the lengths of the base's rows, and those of base.quantize: "
+                f"{self.base.quantize} aren't those of the weights that the file is used with; use "
+                "lora or lokr, or remove base.quantize"
+            )
+        if self.lora.kind == "dora" and self.optim.name == "muon":
+            problems["optim.name"] = "muon is for matrices, but dora's magnitudes are vectors"
+        if self.lora.kind == "lokr" and self.optim.lora_plus is not None:
+            problems["optim.lora_plus"] = "is for up matrices, which lora.kind: lokr doesn't have"
+        return problems
 
     def _average_problems(self) -> dict[str, str]:
         """What is wrong with the settings about averaged weights."""

@@ -27,7 +27,8 @@ def loaded_as_meant(path: Path, adapter: Adapter) -> None:
     pipeline: Any = common.pipeline("dev")
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="x")
     for module in adapter.down:
-        up, down = certify.loaded_factors(pipeline.transformer, module)
+        update: Any = certify.loaded_update(pipeline.transformer, module)
+        up, down = update.factors()
         torch.testing.assert_close((up @ down).float(), adapter.delta(module), rtol=1e-4, atol=1e-5)
 
 

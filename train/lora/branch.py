@@ -19,8 +19,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-START_NAME = "start"
-"""The frozen adapter that takes PiSSA's first weights off again; the base stays as it is."""
+from train.lora.pissa import START_NAME
 
 
 class BranchLinear(Linear):

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
-from train import branch, lora
-from train.branch import BranchLinear
+from train import lora
 from train.config import LoraConfig
 from train.loading import frozen
 from train.loading.frozen import FrozenLinear
+from train.lora import branch
+from train.lora.branch import BranchLinear
 
 NAME = "single_transformer_blocks.1.attn.to_out"
 WIDE, NARROW, TOKENS, RANK = 256, 128, 96, 8
