@@ -75,7 +75,7 @@ def prompt_for(trigger: str | None, examples: tuple[str, ...]) -> str:
     """A prompt that calls the adapter's subject: the first example that has the trigger, or the
     trigger alone."""
     if trigger is None:
-        return examples[0] if examples else "a lighthouse on a cliff at dusk"
+        return next(filter(None, examples), "a lighthouse on a cliff at dusk")
     return next((text for text in examples if has_trigger(text, trigger=trigger)), trigger)
 
 

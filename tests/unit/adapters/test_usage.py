@@ -187,6 +187,7 @@ def test_prompt_has_the_trigger() -> None:
     assert usage.prompt_for("mikachan", examples) == "mikachan, waving"
     assert usage.prompt_for("zib", examples) == "zib"
     assert usage.prompt_for(None, examples) == "a mikachan1 toy"
+    assert usage.prompt_for(None, ("", "a cat")) == "a cat"
     assert usage.prompt_for(None, ())
 
 
