@@ -1,7 +1,7 @@
 """`kindling inspect`: what training would make of a folder of pictures, before it starts.
 
 Owns the command and the report's words for a console. What there is to say is `report`'s, the page
-`page`'s, the measures `examine`'s. Each file is read and decoded once, for all of these.
+`page`'s; how the pictures are looked at is `looks`'.
 """
 
 import argparse
@@ -15,12 +15,11 @@ from tempfile import TemporaryFile
 
 from pydantic import ValidationError
 
-from data_tools import captions, examine, pictures, records
-from data_tools.examine import Measures
+from data_tools import captions, records
 from data_tools.inspect import page, tokens
+from data_tools.inspect.looks import Looks
 from data_tools.inspect.page import Thumbnails
 from data_tools.inspect.report import MARKS, Report, Schedule, Tokens, build, facts
-from data_tools.pictures import Probe
 from train.config import BaseConfig, DataConfig
 from train.errors import ConfigError, UserError, bullet_list
 
@@ -68,17 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Report:
     """Read a folder and measure its pictures. Raises DataError if there is nothing to read."""
-    measures: dict[str, Measures] = {}
-
-    def probe(path: Path) -> Probe:
-        found, image = pictures.look(path, side=examine.SIDE)
-        if found.sha256 not in measures:
-            measures[found.sha256] = examine.measure(image)
-            if thumbnails:
-                thumbnails.put(found.sha256, image)
-        return found
-
-    collection = records.survey(settings.data, probe=probe)
+    looks = Looks(put_thumbnail=thumbnails.put if thumbnails else None)
+    collection = records.survey(settings.data, probes=looks)
     counts = Tokens("not counted: without --config there is no base to count for")
     if settings.base:
         counts = tokens.count(settings.base, collection.records.table["caption"])
@@ -86,7 +76,7 @@ def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Repo
         collection,
         data=settings.data,
         schedule=settings.schedule,
-        measures=measures,
+        measures=looks.measures,
         tokens=counts,
     )
 

@@ -5,19 +5,16 @@ written one at a time, and thumbnails wait on disk, so memory doesn't grow with 
 """
 
 import base64
-import io
 import os
 import secrets
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from threading import Lock
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from data_tools import pictures
 from data_tools.inspect import report
@@ -27,28 +24,23 @@ TEMPLATE = "page.html.jinja"
 
 
 class Thumbnails:
-    """Small JPEGs by name, in a file; any thread may put them there."""
+    """Small JPEGs by name, in a file."""
 
     def __init__(self, spool: BinaryIO) -> None:
         self._spool = spool
         self._places: dict[str, tuple[int, int]] = {}
-        self._lock = Lock()
 
-    def put(self, name: str, image: Image.Image) -> None:
-        """Keep an RGB picture. At 256 pixels a side it costs the page some 10 kB."""
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=75)
-        with self._lock:
-            at = self._spool.seek(0, os.SEEK_END)
-            self._spool.write(data.getbuffer())
-            self._places[name] = (at, data.tell())
+    def put(self, name: str, jpeg: bytes) -> None:
+        """Keep a picture; one of a known name is that one."""
+        if name not in self._places:
+            self._places[name] = (self._spool.seek(0, os.SEEK_END), len(jpeg))
+            self._spool.write(jpeg)
 
     def uri(self, name: str) -> str:
         """A picture as a data URI."""
         at, length = self._places[name]
-        with self._lock:
-            self._spool.seek(at)
-            data = self._spool.read(length)
+        self._spool.seek(at)
+        data = self._spool.read(length)
         return Markup("data:image/jpeg;base64," + base64.b64encode(data).decode())
 
 

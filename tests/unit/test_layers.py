@@ -110,6 +110,7 @@ LAYERS = {
     ],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
+        "data_tools.inspect.looks",
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
