@@ -22,7 +22,7 @@ LAYERS = {
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.watch", "train.config"),
-        "train.config.reading",
+        *("train.config.reading", "train.config.wording", "train.config.yaml_text"),
         "train.loading.shapes",
     ],
     2: [
