@@ -1,14 +1,18 @@
 """Each picture of a data set read and decoded once: for its record, its measures, its thumbnail.
 
-Owns the walk over all of them. What is measured is `examine`'s; where thumbnails wait is `page`'s.
+Owns the walk over all of them, and the second one over masks where there are any. What is measured
+is `examine`'s, what a mask is `masks`'; where thumbnails wait is `page`'s.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools import examine, pictures, workers
+from PIL import Image
+
+from data_tools import examine, masks, pictures, workers
 from data_tools.examine import Measures
 from data_tools.pictures import PictureError, Probe
 
@@ -23,6 +27,14 @@ class Look(NamedTuple):
     measures: Measures
     thumbnail: bytes | None
     """JPEG of examine.SIDE pixels a side at most, some 10 kB."""
+
+
+class Mask(NamedTuple):
+    """What there is to know of a mask."""
+
+    learnt: float
+    """Share of the whole picture that is learnt, 0 to 1."""
+    thumbnail: bytes
 
 
 class Looks:
@@ -52,13 +64,30 @@ def _look(path: Path, *, thumbnail: bool = False) -> Look | PictureError:
         probe, image = pictures.look(path, side=examine.SIDE)
     except PictureError as error:
         return error
-    small = None
-    if thumbnail:
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=75)
-        small = data.getvalue()
-    return Look(probe, examine.measure(image), small)
+    return Look(probe, examine.measure(image), _jpeg(image) if thumbnail else None)
 
 
 def _look_with_thumbnail(path: Path) -> Look | PictureError:
     return _look(path, thumbnail=True)
+
+
+def of_masks(paths: Iterable[Path], *, alpha: bool) -> Iterator[Mask | PictureError]:
+    """What masks say, in order; alpha: of the pictures themselves."""
+    return workers.ordered(partial(_mask, alpha=alpha), paths)
+
+
+def _mask(path: Path, *, alpha: bool) -> Mask | PictureError:
+    try:
+        mask = masks.load(path, alpha=alpha)
+    except PictureError as error:
+        return error
+    learnt = sum(level * count for level, count in enumerate(mask.histogram()))
+    learnt /= 255 * mask.width * mask.height
+    mask.thumbnail((examine.SIDE, examine.SIDE))
+    return Mask(learnt, _jpeg(mask))
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=75)
+    return data.getvalue()
