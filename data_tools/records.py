@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, masks, pictures, sources, workers
+from data_tools import buckets, captions, folder, pictures, sources, workers
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -151,17 +151,12 @@ def survey(
     of them than a record has.
     """
     root = Path(data.path)
-    found, mask_files = masks.split(folder.listing(root))
-    gathered = sources.gather(root, found)
+    found, gathered = sources.gather(root)
     if not found.pictures and not gathered.drafts and not gathered.faults:
         raise DataError(sources.nothing(root, found))
     names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
     faults, notes = list(gathered.faults), list(gathered.notes)
-    masked = {
-        draft.name: mask
-        for draft in gathered.drafts
-        if (mask := draft.mask or mask_files.get(folder.stem(draft.name)))
-    }
+    masked = {draft.name: draft.mask for draft in gathered.drafts if draft.mask}
     if data.mask != "files":
         text = "a mask, not used: data.mask is not 'files'"
         notes += [Note(name, text) for name in dict.fromkeys(masked.values())]
