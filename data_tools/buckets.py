@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from train.config import DataConfig
@@ -132,6 +132,7 @@ def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
     )
 
 
+@lru_cache(maxsize=10_000)  # cameras make many pictures of few sizes
 def place(
     width: int,
     height: int,

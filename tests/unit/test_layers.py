@@ -24,7 +24,7 @@ LAYERS = {
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.watch", "train.config"),
-        "train.config.reading",
+        *("train.config.reading", "train.config.wording", "train.config.yaml_text"),
         "train.loading.shapes",
     ],
     2: [
@@ -118,6 +118,7 @@ LAYERS = {
     ],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
+        "data_tools.inspect.looks",
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
         "train.publishing.*",
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
@@ -158,7 +159,9 @@ SIDEWAYS = {
     "train.config": {"train.config.schema", "train.config.adapter", "train.config.watch"},
     "train.config.adapter": {"train.config.schema"},
     "train.config.watch": {"train.config.schema"},
-    "train.config.reading": {"train.config.schema", "train.config"},
+    "train.config.wording": {"train.config.schema"},
+    "train.config.yaml_text": {"train.config.wording"},
+    "train.config.reading": {"train.config", "train.config.*"},
     "data_tools.pictures": {"data_tools.formats", "data_tools.buckets"},
     "data_tools.folder": {"data_tools.formats"},
     "data_tools.drafts": {"data_tools.captions", "data_tools.folder", "data_tools.formats"},

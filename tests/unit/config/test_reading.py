@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config.reading import SYNONYMS, digest, dump, load
+from train.config.reading import digest, dump, load
+from train.config.wording import SYNONYMS
 from train.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
