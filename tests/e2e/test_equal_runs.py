@@ -61,7 +61,7 @@ RUNS = {
         "train": {"ema": 0.9},
         "memory": {"resident_blocks": 1, "gradient_checkpointing": "all"},
     },
-    "lokr": {"lora": {"kind": "lokr", "factor": 4, "rank": 2}, "base": {"quantize": "nf4"}},
+    "lokr": {"lora": {"kind": "lokr", "factor": 4, "rank": 2}, "base": {"quantize": "int8"}},
     "eva": {"lora": {"init": "eva"}},
     "bf16": {"base": {"dtype": "bf16"}},
     "int8": {"base": {"quantize": "int8"}},

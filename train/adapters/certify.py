@@ -144,7 +144,8 @@ def loaded_update(transformer: nn.Module, module: str) -> Update:
             ups.append(layer.scaling[name] * wide(up))
             downs.append(wide(down))
         if name in layer.lora_magnitude_vector:
-            magnitude = wide(layer.lora_magnitude_vector[name].weight)
+            size = layer.lora_magnitude_vector[name].weight
+            magnitude = None if size.is_meta else wide(size)
     return LowRank(torch.cat(ups, dim=1), torch.cat(downs), 1.0, magnitude)
 
 

@@ -334,6 +334,11 @@ class Config(Section):
             )
         if self.lora.kind == "dora" and self.optim.name == "muon":
             problems["optim.name"] = "muon is for matrices, but dora's magnitudes are vectors"
+        if self.lora.kind == "lokr" and self.base.quantize == "nf4":
+            problems["lora.kind"] = (
+                "lokr can't be loaded onto base.quantize: nf4, since peft asks the weights for "
+                "their shape, which nf4 packs; use fp8 or int8, or lora"
+            )
         if self.lora.kind == "lokr" and self.optim.lora_plus is not None:
             problems["optim.lora_plus"] = "is for up matrices, which lora.kind: lokr doesn't have"
         return problems

@@ -149,10 +149,10 @@ def test_norms_of_changed_rows_without_the_changed_weight() -> None:
 
 
 def test_lokr_on_packed_weights() -> None:
-    """Its small matrices are all that it needs; the base's shape is in none of its tensors."""
+    """It multiplies by none of the base's weights, and is fp32 beside bytes, too."""
     plain, packed = base(), base()
     for name in lora.block_linears(packed):
-        frozen = FrozenLinear.like(packed.get_submodule(name), "nf4")
+        frozen = FrozenLinear.like(packed.get_submodule(name), "int8")
         packed.set_submodule(name, frozen)
     for model in (plain, packed):
         lora.attach(model, KINDS["lokr"], seed=0)
