@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from data_tools.buckets import Geometry
 from tests import runs
 from train.config import Config, reading
 from train.errors import ConfigError
@@ -224,6 +225,36 @@ def test_cards_of_the_option_are_those_of_the_table() -> None:
     assert tuple(CARDS) == plan.SIZES
     for size, card in CARDS.items():
         assert 0.9 * size * 10**9 < card.total < size * 2**30
+
+
+def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
+    """Each of two cards holds half of the blocks, and what is gathered; each process reads all."""
+    tree = {**CONFIG, "memory": {"gradient_checkpointing": "all"}}
+    Path("two.yaml").write_text(json.dumps(tree))
+    plan.main(["--config", "two.yaml", "--gpu", "24", "--sharded", "2", "--json", "two.json"])
+    assert "\n2 of them, a part of the base on each: " in capsys.readouterr().out
+    plan.main(["--config", "two.yaml", "--gpu", "24", "--json", "one.json"])
+    two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+    config = Config.model_validate(tree)
+    base = facts.of(config.base)
+    whole = phases.Meters(base).step(config.lora, phases.step_of(config, Geometry(1024, 1024), ()))
+    blocks = [block.weights for block in whole.blocks]
+    saved = sum(blocks) / 2 - whole.others / 2 - budget.GATHERED * max(blocks)
+    assert one["need"]["held"] - two["need"]["held"] == pytest.approx(saved, abs=100)
+    load, alone = (plan["phases"][3]["ram"] for plan in (two, one))
+    assert load == 2 * (alone + whole.weights)
+
+
+@pytest.mark.parametrize("count", ["1", "two"])
+def test_one_part_is_no_sharding(count: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--config", "x.yaml", "--sharded", count])
+    assert f"{count!r} isn't a number of cards from 2 on" in capsys.readouterr().err
+
+
+def test_a_base_in_parts_is_not_streamed() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.resident_blocks: .* can't be streamed, too"):
+        plan.main(["--config", "x.yaml", "--sharded", "2", "memory.resident_blocks=10"])
 
 
 def test_lines_of_a_config() -> None:
