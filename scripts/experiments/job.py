@@ -1,9 +1,8 @@
 """One run of an experiment: the demo's job, trained in this process and judged by its file."""
 
-import contextlib
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,13 @@ def measure(arm: Arm, run: Run, *, steps: int, folder: Path, judge: Judge) -> li
     shutil.rmtree(place, ignore_errors=True)
     mechanism = MECHANISMS[arm.mechanism]() if arm.mechanism else nullcontext()
     wall, cpu = time.monotonic(), time.process_time()
-    with (folder / "log").open("a", encoding="utf-8") as log, mechanism:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            training.run(config, resume=False)
+    with (
+        mechanism,
+        (folder / "log").open("a", encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        training.run(config, resume=False)
     took = {
         "train_wall_s": round(time.monotonic() - wall, 1),
         "train_cpu_s": round(time.process_time() - cpu, 1),

@@ -60,7 +60,8 @@ class Judge:
 
         accelerator = Accelerator(cpu=True, mixed_precision="no")
         prepared = prepare(config, resolve(config.base), accelerator=accelerator)
-        assert prepared.trial is not None and len(prepared.trial.examples) == PORTRAITS
+        assert prepared.trial is not None
+        assert len(prepared.trial.examples) == PORTRAITS
         self._validator = Validator(
             prepared.trial,
             cache=prepared.cache,
