@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
-    from scripts.experiments import job, judge
+    from scripts.experiments import course, job, judge
 
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,12 @@ def _run(options: argparse.Namespace) -> None:
     if "base" not in report:
         report["base"] = judging.judge(None)
         _write(report, options.results)
+    if options.course and "course" not in report:
+        seed, steps = options.seeds[0], options.steps
+        rows = course.courses(seed=seed, steps=steps, folder=options.folder, judge=judging)
+        report["course"] = list(rows)
+        _write(report, options.results)
+        return
     arms = {name: ARMS[name] for name in options.arms or ARMS}
     while time.monotonic() < until and (run := missing(arms, options.seeds, report["results"])):
         arm, folder = ARMS[run.arm], options.folder
@@ -90,6 +96,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--count", type=int, default=64, help="pictures of each kind to score")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many")
+    parser.add_argument("--course", action="store_true", help="instead: figures while training")
     parser.add_argument("--page", action="store_true", help="only write the page anew")
     options = parser.parse_args(argv)
     if unknown := [name for name in options.arms if name not in ARMS]:

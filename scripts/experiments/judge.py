@@ -5,8 +5,8 @@ of the default density whatever an arm trained at. Adapters come as exported fil
 """
 
 import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,6 +50,21 @@ def portraits(folder: Path) -> Path:
     return folder
 
 
+def make_validator(config: Config) -> Validator:
+    """Of the pictures that a config checks; encodes them where the cache lacks them."""
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    prepared = prepare(config, resolve(config.base), accelerator=accelerator)
+    assert prepared.trial is not None
+    return Validator(
+        prepared.trial,
+        cache=prepared.cache,
+        flow=FlowConfig(),
+        levels=LEVELS,
+        batch_size=LEVELS,
+        accelerator=accelerator,
+    )
+
+
 class Judge:
     """Keeps the pipeline and the encoded portraits from one adapter to the next."""
 
@@ -58,18 +73,8 @@ class Judge:
         prompts with the trigger, and of those without."""
         from diffusers import Flux2Pipeline
 
-        accelerator = Accelerator(cpu=True, mixed_precision="no")
-        prepared = prepare(config, resolve(config.base), accelerator=accelerator)
-        assert prepared.trial is not None
-        assert len(prepared.trial.examples) == PORTRAITS
-        self._validator = Validator(
-            prepared.trial,
-            cache=prepared.cache,
-            flow=FlowConfig(),
-            levels=LEVELS,
-            batch_size=LEVELS,
-            accelerator=accelerator,
-        )
+        self._validator = make_validator(config)
+        assert len(self._validator.trial.examples) == PORTRAITS
         self._pipeline: Any = Flux2Pipeline.from_pretrained(BASE, dtype=torch.float32)
         self._pipeline.set_progress_bar_config(disable=True)
         rngs = [random.Random(HELD_OUT_SEED + number) for number in range(count)]
@@ -79,19 +84,27 @@ class Judge:
     def judge(self, adapter: Path | None, *, masked: bool = False) -> dict[str, Any]:
         """The figures of an exported file; None for the base alone. masked: drawn with fewer ranks
         at high noise, which no program but this one would do."""
-        pipeline = self._pipeline
-        if adapter is not None:
-            pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
-        mask: AbstractContextManager[None] = nullcontext()
-        if masked:
-            mask = mechanisms.masked_ranks(pipeline.transformer)
-        with mask, torch.no_grad():
+        with self._wearing(adapter, masked=masked):
             figures = self._losses() | self._pictures()
             if adapter is not None:
                 figures["drift"] = self._validator.drift(self._model(1.0))
+        return figures
+
+    def loss(self, adapter: Path, validator: Validator) -> float:
+        """On other pictures than the portraits, told guidance 1."""
+        with self._wearing(adapter):
+            return validator.losses(self._model(1.0)).double().mean().item()
+
+    @contextmanager
+    def _wearing(self, adapter: Path | None, *, masked: bool = False) -> Iterator[None]:
+        pipeline = self._pipeline
+        if adapter is not None:
+            pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+        mask = mechanisms.masked_ranks(pipeline.transformer) if masked else nullcontext()
+        with mask, torch.no_grad():
+            yield
         if adapter is not None:
             pipeline.unload_lora_weights()
-        return figures
 
     def _model(self, guidance: float) -> Model:
         return Model(self._pipeline.transformer, torch.float32, guidance)

@@ -62,7 +62,7 @@ def chosen(results: Sequence[Row], name: str, *, first: int) -> dict[int, Row]:
 
 def page(report: Mapping[str, Any]) -> str:
     """docs/experiments/README.md, but for what a person concludes from it."""
-    results, job, first = report["results"], report["job"], report["job"]["seeds"][0]
+    results, first = report["results"], report["job"]["seeds"][0]
     names = list(dict.fromkeys([*ARMS, *(row["arm"] for row in results)]))
     table = [_line(["arm", "rate", *COLUMNS.values(), "seeds"])]
     table.append("|---" * (len(COLUMNS) + 3) + "|")
@@ -80,7 +80,8 @@ def page(report: Mapping[str, Any]) -> str:
         cells = [_cell(own, other, key) for key in COLUMNS]
         table.append(_line([what, rate, *cells, str(len(own))]))
     parts = [*_head(report), "", *table, "", *_rates(results, first), "", *_levels(results, first)]
-    return "\n".join([*parts, "", *_noise(results, job, first), ""])
+    parts += ["", *_noise(results, first), "", *_course(report.get("course", []))]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _head(report: Mapping[str, Any]) -> list[str]:
@@ -180,7 +181,7 @@ def _levels(results: Sequence[Row], first: int) -> list[str]:
     return lines
 
 
-def _noise(results: Sequence[Row], job: Mapping[str, Any], first: int) -> list[str]:
+def _noise(results: Sequence[Row], first: int) -> list[str]:
     """How far apart runs of one arm are by their seeds alone."""
     arms = [chosen(results, name, first=first) for name in ARMS]
     several = [list(rows.values()) for rows in arms if len(rows) > 1]
@@ -194,3 +195,23 @@ def _noise(results: Sequence[Row], job: Mapping[str, Any], first: int) -> list[s
     return [
         "Standard deviation between seeds of one arm, pooled over arms: " + ", ".join(parts) + "."
     ]
+
+
+def _course(rows: Sequence[Row]) -> list[str]:
+    """Figures while training."""
+    if not rows:
+        return []
+    keys = {
+        "trained": "loss, the 12 trained",
+        "at_home": "loss, their places, other grounds",
+        "held_out": "loss, other places and sizes",
+        "likeness": "likeness",
+        "character": "character",
+        "obeyed": "others obeyed",
+    }
+    lines = [f"While training, seed {rows[0]['seed']} (`--course`):", ""]
+    lines += [_line(["arm", "step", *keys.values()]), "|---" * (len(keys) + 2) + "|"]
+    for row in rows:
+        cells = [f"{100 * row[k]:.0f} %" if k in PERCENT else f"{row[k]:.3f}" for k in keys]
+        lines.append(_line([row["arm"], str(row["step"]), *cells]))
+    return lines
