@@ -28,7 +28,7 @@ REPORT, LOG = "bench-gpu.json", "bench-gpu.log"
 TESTS = tuple(
     f"tests/unit/{name}.py"
     for name in (
-        *("memory/test_transfer", "memory/test_offload", "test_waits", "test_branch"),
+        *("memory/test_transfer", "memory/test_offload", "test_waits", "lora/test_branch"),
         *("test_speed", "loading/test_frozen", "test_optim", "planning/test_footprint"),
     )
 )

@@ -100,7 +100,7 @@ def assemble(
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
     if sharding != "none":
-        _check_sharded(sharding, memory, compiled=config.speed.compile)
+        _check_sharded(sharding, memory, config)
         trainable = lora.trainable(transformer)
         parallel.shard(transformer, sharding, trainable=trainable, device=device)
     elif memory.streamed:
@@ -119,14 +119,19 @@ def assemble(
     return Assembled(targets, start, undo)
 
 
-def _check_sharded(sharding: Sharding, memory: Memory, *, compiled: bool) -> None:
+def _check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
     """Raises ConfigError for settings that a sharded base can't have."""
     if memory.streamed:
         raise ConfigError(
             "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
             "all, or launch without FSDP or DeepSpeed."
         )
-    if compiled and sharding == "zero3":
+    if config.lora.kind != "lora" and sharding == "zero3":
+        raise ConfigError(
+            f"lora.kind: DeepSpeed knows whole weights inside their Linears only, and none but "
+            f"LoRA's, so not {config.lora.kind}. Launch with configs/accelerate/fsdp2.yaml."
+        )
+    if config.speed.compile and sharding == "zero3":
         raise ConfigError(
             "speed.compile: DeepSpeed gathers each Linear by itself, inside of what would be "
             "compiled. Write false, or launch with configs/accelerate/fsdp2.yaml."

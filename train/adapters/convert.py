@@ -8,11 +8,11 @@ nothing; folding a scale into bf16 can, and the largest error is printed.
 import argparse
 from pathlib import Path
 
-from train.adapters.opening import open_adapter
+from train.adapters.opening import check_magnitudes, open_adapter
 from train.adapters.source import Source
 from train.adapters.updates import Kronecker, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
-from train.errors import CheckpointError, ConfigError
+from train.errors import ConfigError
 from train.loading.base import DTYPES
 
 NORMS = (
@@ -59,11 +59,8 @@ def convert(
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank: {rank} is no rank; it must be 1 or more.")
     source, kept = open_adapter(path), {}
-    if source.for_comfyui and to == "diffusers":
-        raise CheckpointError(
-            f"{path}: DoRA for ComfyUI, whose magnitudes make up for ComfyUI's norms and aren't "
-            "DoRA's. The run's own file for diffusers has them: `kindling export RUN`."
-        )
+    if to == "diffusers":
+        check_magnitudes(source)
 
     def reduce(name: str, update: Update) -> Update:
         if rank is None or not isinstance(update, Kronecker):

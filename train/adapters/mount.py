@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.adapters import loaders, skeleton
-from train.adapters.opening import check_whole, open_any
+from train.adapters.opening import check_magnitudes, check_whole, open_any
 from train.adapters.source import BASES, Source
 from train.adapters.updates import tensors_of
 from train.adapters.write import save
@@ -39,6 +39,7 @@ def ready(path: Path, settings: Mapping[str, Any], *, scratch: Path) -> Ready:
     """
     source = open_any(path)
     check_whole(source)
+    check_magnitudes(source)
     shape = Shape.of(skeleton.of_settings(settings, meta=True).transformer)
     _check_fit(source, shape)
     _check_finite(source)

@@ -36,6 +36,15 @@ def open_adapter(path: Path) -> Source:
     return source
 
 
+def check_magnitudes(source: Source) -> None:
+    """Raises CheckpointError for DoRA's magnitudes that are right in ComfyUI alone."""
+    if source.for_comfyui:
+        raise CheckpointError(
+            f"{source.path}: DoRA for ComfyUI, whose magnitudes make up for ComfyUI's norms and "
+            "aren't DoRA's. The run's own file for diffusers has them: `kindling export RUN`."
+        )
+
+
 def check_whole(source: Source) -> None:
     """Raises CheckpointError where a name's keys can't be used."""
     if source.broken:

@@ -89,7 +89,7 @@ class LoraConfig(Section):
         if self.kind == "dora" and self.init == "pissa":
             problems["init"] = "pissa takes its start off the output, dora scales whole weights"
         if self.kind != "lora" and "compute" in self._changed():
-            problems["compute"] = f"has no effect with kind: {self.kind}; remove it"
+            problems["compute"] = f"is fp32 with kind: {self.kind}, whatever it says; remove it"
         if self.kind != "lora" and self.dropout:
             problems["dropout"] = f"{self.kind} has no input of its own to drop; remove it"
         if problems:
