@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from train.config import DataConfig
@@ -132,6 +132,7 @@ def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
     )
 
 
+@lru_cache(maxsize=10_000)  # cameras make many pictures of few sizes
 def place(
     width: int,
     height: int,
@@ -171,9 +172,16 @@ def place(
     )
 
 
+def reference_fault(width: int, height: int) -> str:
+    """Why a picture of this size can't be a reference; empty if it can."""
+    if min(width, height) < REFERENCE_SIDE:
+        return f"is {width}x{height}; a reference needs {REFERENCE_SIDE} pixels a side"
+    return ""
+
+
 def reference_geometry(width: int, height: int) -> Geometry:
     """Size of a reference picture: at most REFERENCE_AREA, sides cut to multiples of 16."""
-    assert min(width, height) >= REFERENCE_SIDE
+    assert not reference_fault(width, height)
     scale = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
     sides = (int(side * scale) // PIXEL_MULTIPLE * PIXEL_MULTIPLE for side in (width, height))
     return Geometry(*sides)

@@ -1,9 +1,12 @@
-"""Caption files beside pictures, and kohya's folders whose names hold repeats and a caption.
+"""Caption files and references beside pictures, and kohya's folders named for repeats and caption.
 
-Owns both conventions and what can be wrong with their text. Opens no picture.
+Owns these conventions and what can be wrong with their text. Opens no picture.
 
 Sidecars: `a.txt`, `a.caption` (kohya) or `a.json` with a key `caption` (ai-toolkit) beside `a.png`
 is its caption. A JSON file without that key is somebody else's and only noted.
+
+References: `a.ref.png`, or `a.ref1.png`, `a.ref2.png` and so on, beside `a.png` are the pictures
+that an edit to `a.png` starts from. Tables name theirs in a column.
 
 kohya: if every picture lies in a top-level folder `N_name` (N from 0 to 999), N is the repeats and
 `name` the caption of pictures without a caption file, as sd-scripts' DreamBooth method has it; 0
@@ -13,6 +16,7 @@ folders within are read too. Larger numbers are years and the like, not repeats.
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -20,6 +24,7 @@ from data_tools import captions, folder, tables
 from data_tools.captions import TextError
 from data_tools.drafts import Draft, Drafts, Fault, Note
 
+_REFERENCE = re.compile(r"(.*[^/])\.ref([0-9]*)", re.DOTALL)
 _CONCEPT = re.compile(r"([0-9]{1,3})_(.*)", re.DOTALL)
 
 
@@ -33,6 +38,7 @@ class _Concept(NamedTuple):
 def read(root: Path, found: folder.Listing) -> Drafts:
     """The drafts of a folder whose captions lie in files of their own."""
     result = Drafts()
+    found, references = _split(found, result)
     concepts = _concepts(found, result)
     pictures = Counter(map(folder.stem, found.pictures))
     texts = _texts(root, found.captions, result)
@@ -52,7 +58,8 @@ def read(root: Path, found: folder.Listing) -> Drafts:
             source, caption = _top(name), captions.clean(concept.caption)
         if caption is not None:
             repeats = concept.repeats if concept else 1
-            result.drafts.append(Draft(name, caption, source, repeats=repeats))
+            names = references.get(stem, ())
+            result.drafts.append(Draft(name, caption, source, names, repeats=repeats))
     for stem, names in clashes.items():
         claim = f"captions {' and '.join(names)}; give each picture one caption file of its own"
         result.faults.append(Fault(" and ".join(texts[stem]), claim))
@@ -60,6 +67,26 @@ def read(root: Path, found: folder.Listing) -> Drafts:
         if stem not in pictures:
             result.notes += [Note(name, "a caption without a picture") for name in files]
     return result
+
+
+def _split(
+    found: folder.Listing, result: Drafts
+) -> tuple[folder.Listing, dict[str, tuple[str, ...]]]:
+    """The listing without reference files, and those by the stem of their picture."""
+    stems = set(map(folder.stem, found.pictures))
+    numbered: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name in found.pictures:
+        match = _REFERENCE.fullmatch(folder.stem(name))
+        if match and match[1] in stems:
+            numbered[match[1]].append((int(match[2] or 0), name))
+    references = {stem: tuple(n for _, n in sorted(some)) for stem, some in numbered.items()}
+    names = {name for some in references.values() for name in some}
+    pictures = [name for name in found.pictures if name not in names]
+    if references:
+        alone = [name for name in pictures if folder.stem(name) not in references]
+        text = "has no reference, as others here have; trained as a picture of its own"
+        result.notes += [Note(name, text) for name in alone]
+    return replace(found, pictures=pictures), references
 
 
 def _texts(root: Path, names: list[str], result: Drafts) -> dict[str, dict[str, str | None]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from train import checkpoint
 from train.config import Config
+from train.lora import Adapter, AnyAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,12 +78,18 @@ def run_folder(config: Config) -> Path:
 
 def adapter_change(folder: Path, other: Path) -> float:
     """Largest difference between the weights of two runs' last checkpoints."""
-    ours, theirs = (checkpoint.load(last_checkpoint(path)).adapter for path in (folder, other))
+    ours, theirs = (low_rank(checkpoint.load(last_checkpoint(p)).adapter) for p in (folder, other))
     return max(
         (one[name] - two[name]).abs().max().item()
         for one, two in ((ours.down, theirs.down), (ours.up, theirs.up))
         for name in one
     )
+
+
+def low_rank(adapter: AnyAdapter | None) -> Adapter:
+    """An adapter that must be LoRA or DoRA."""
+    assert isinstance(adapter, Adapter)
+    return adapter
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -10,21 +10,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data_tools import pictures
 from train import checkpoint, encode_text, sample, texts
 from train.adapters import export
 from train.adapters.export_run import CONFIG
-from train.board import board
+from train.board import PAPER, board
 from train.cache import DIGESTS, Cache, FileDigests
 from train.config import Config, reading
 from train.encode import Keys
 from train.errors import CheckpointError, ConfigError
-from train.loading.base import Base, resolve
+from train.loading.base import resolve
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,23 @@ class Column:
     file: Path | None
     strength: float = 1.0
 
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """As `sample.put_on` takes them."""
+        return [] if self.file is None else [(self.file, self.strength)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is on a board."""
+
+    columns: list[str]
+    prompts: Sequence[str]
+    references: Sequence[Sequence[str]]
+    """Of each prompt."""
+    rows: list[list[Image.Image]]
+    """Of each prompt and seed."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Draw a board from the command line."""
@@ -43,9 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     if not (run / CONFIG).is_file():
         raise CheckpointError(f"{run}: not the folder of a run (it has no {CONFIG})")
     config = reading.load(run / CONFIG)
-    prompts = arguments.prompt or list(config.preview.prompts)
+    given, preview = arguments.prompt, config.preview
+    prompts = given or preview.texts
+    references = [()] * len(prompts) if given else preview.references
     if not prompts:
-        raise ConfigError(f"{run}: its config has no preview.prompts; give --prompt, once or more")
+        raise ConfigError(f"{run}: its config has no previews; give --prompt, once or more")
     output: Path = arguments.output or run / "compare"
     with tempfile.TemporaryDirectory() as scratch:
         columns = _columns(
@@ -56,9 +75,15 @@ def main(argv: list[str] | None = None) -> int:
             scratch=Path(scratch),
         )
         rows = draw_all(
-            config, columns, prompts=prompts, seeds=arguments.seeds, steps=arguments.steps
+            config,
+            columns,
+            prompts=prompts,
+            references=references,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
         )
-    print(f"board: {_save(output, run, columns, prompts, arguments.seeds, rows)}")
+    drawn = Drawn([column.label for column in columns], prompts, references, rows)
+    print(f"board: {_save(output, run.name, drawn, seeds=arguments.seeds)}")
     return 0
 
 
@@ -67,10 +92,14 @@ def draw_all(
     columns: Sequence[Column],
     *,
     prompts: Sequence[str],
+    references: Sequence[Sequence[str]],
     seeds: int,
     steps: int | None = None,
 ) -> list[list[Image.Image]]:
-    """For each prompt and seed a row with a picture for each column; the same noise along a row."""
+    """For each prompt and seed a row with a picture for each column; the same noise along a row.
+
+    references: those of each prompt.
+    """
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = Cache(Path(config.cache))
@@ -79,15 +108,16 @@ def draw_all(
     preview = config.preview
     requests = sample.requests(
         [texts.get(cache, keys.prompt(prompt)) for prompt in prompts for _ in range(seeds)],
+        [names for names in references for _ in range(seeds)],
         preview=preview,
-        resolution=max(config.data.resolutions),
+        data=config.data,
         seeds=[*range(seeds)] * len(prompts),
     )
     transformer = base.load_transformer(device, cache=cache.root)
     empty = texts.get(cache, keys.prompt(""))
     drawn = []
     for column in tqdm(columns, desc="draw", unit="column", delay=2):
-        _load(base, transformer, column)
+        sample.put_on(base, transformer, column.adapters)
         drawn.append(
             sample.draw(
                 base,
@@ -99,20 +129,6 @@ def draw_all(
             )
         )
     return [list(row) for row in zip(*drawn, strict=True)]
-
-
-def _load(base: Base, transformer: Any, column: Column) -> None:
-    """Give the transformer the column's adapter and no other."""
-    transformer.unload_lora()
-    if column.file is not None:
-        pipeline: Any = base.pipeline(transformer=transformer)
-        pipeline.load_lora_weights(
-            str(column.file.parent),
-            weight_name=column.file.name,
-            adapter_name="compared",
-            use_safetensors=True,
-        )
-        transformer.set_adapters("compared", column.strength)
 
 
 def _columns(
@@ -144,28 +160,39 @@ def _columns(
     return [Column("base", None), *adapted]
 
 
-def _save(
-    output: Path,
-    run: Path,
-    columns: Sequence[Column],
-    prompts: Sequence[str],
-    seeds: int,
-    rows: Sequence[Sequence[Image.Image]],
-) -> Path:
+def _save(output: Path, title: str, drawn: Drawn, *, seeds: int) -> Path:
     """Each picture, what it is (pictures.json), and the board; returns the board's path."""
     output.mkdir(parents=True, exist_ok=True)
-    labels = [prompt for prompt in prompts for _ in range(seeds)]
+    labels = [prompt for prompt in drawn.prompts for _ in range(seeds)]
+    sources = [names for names in drawn.references for _ in range(seeds)]
     facts = []
-    for y, (row, prompt) in enumerate(zip(rows, labels, strict=True)):
-        for x, (picture, column) in enumerate(zip(row, columns, strict=True)):
+    for y, (row, prompt, names) in enumerate(zip(drawn.rows, labels, sources, strict=True)):
+        for x, (picture, column) in enumerate(zip(row, drawn.columns, strict=True)):
             name = f"{y:02d}-{x:02d}.png"
             picture.save(output / name)
-            facts.append({"file": name, "prompt": prompt, "column": column.label})
+            fact = {"file": name, "prompt": prompt, "column": column}
+            facts.append(fact | ({"references": list(names)} if names else {}))
     listing = json.dumps(facts, indent=1, ensure_ascii=False)
     (output / "pictures.json").write_text(listing, encoding="utf-8")
-    sheet = board(rows, columns=[c.label for c in columns], labels=labels, title=run.name)
-    sheet.save(output / "board.png")
+    columns, rows = drawn.columns, drawn.rows
+    if any(sources):
+        columns = ["reference", *columns]
+        rows = [[_side_by_side(names), *row] for names, row in zip(sources, rows, strict=True)]
+    board(rows, columns=columns, labels=labels, title=title).save(output / "board.png")
     return output / "board.png"
+
+
+def _side_by_side(names: Sequence[str]) -> Image.Image:
+    """The references of a picture, equally tall; blank where it has none."""
+    images = [pictures.load_rgb(Path(name)) for name in names] or [Image.new("RGB", (1, 1), PAPER)]
+    tall = max(image.height for image in images)
+    images = [image.resize((image.width * tall // image.height, tall)) for image in images]
+    strip = Image.new("RGB", (sum(image.width for image in images), tall))
+    at = 0
+    for image in images:
+        strip.paste(image, (at, 0))
+        at += image.width
+    return strip
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

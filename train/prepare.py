@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from data_tools import buckets, captions, records
 from data_tools.buckets import Geometry, reference_geometry
 from data_tools.records import Collection, Record
-from train import encode, encode_text
+from train import encode, encode_text, sample
 from train.cache import DIGESTS, Cache, FileDigests, key
 from train.config import Config, DataConfig
 from train.data import Example, Rules
@@ -81,6 +81,8 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     main = accelerator.is_main_process
     cache = Cache(Path(config.cache))
     proven = cache.root / PROVEN
+    for references in config.preview.references:
+        sample.size_of(references, data=config.data)  # hours before they are drawn
     collections = [records.read(data, proven=_lines(proven), progress=main) for data in config.sets]
     parts = split.split(
         config,
@@ -100,7 +102,7 @@ def prepare(config: Config, base: Base, *, accelerator: Accelerator) -> Prepared
     texts = [record.caption for collection in collections for record in collection.records]
     texts += [record.caption for record in parts.checked]
     neutral = _neutral(config) if checked else []
-    prompts = list(dict.fromkeys([*texts, "", *config.preview.prompts, *neutral]))
+    prompts = list(dict.fromkeys([*texts, "", *config.preview.texts, *neutral]))
     encoded = _encode(
         base,
         [shown for layout in [*layouts, checked] if layout for shown in layout.shown],

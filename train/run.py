@@ -22,6 +22,7 @@ from train.data import Loader
 from train.errors import Stopped, bullet_list
 from train.files import writing
 from train.loading.base import Base, resolve
+from train.lora import eva
 from train.order import Mixture, Order
 from train.planning import automatic
 from train.prepare import Prepared, PreparedSet, prepare
@@ -101,10 +102,13 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
     if accelerator.is_main_process or parallel.is_sharded():
         transformer.unload_lora()
         with _place_of_export(folder, main=accelerator.is_main_process) as place:
-            path = Path(place) / f"{config.name}.safetensors"
             chosen = export_run.choose(folder, config.export)
-            certificate = export_run.publish(config, base, transformer, chosen, path=path)
-            say(export_run.summary(certificate, path))
+            for layout in export_run.formats_of(config):
+                path = export_run.place(Path(place) / f"{config.name}.safetensors", layout)
+                certificate = export_run.publish(
+                    config, base, transformer, chosen, path=path, layout=layout
+                )
+                say(export_run.summary(certificate, path))
     accelerator.end_training()
 
 
@@ -211,6 +215,15 @@ def _build(
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
         place = memory.place(torch.device("cpu") if sharded else device)
         transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
+    cache, keys = prepared.cache, prepared.keys
+    order = _order(config, prepared)
+    loader = Loader(
+        prepared.examples,
+        empty_text=keys.prompt(""),
+        cache=cache,
+        flow=config.flow,
+        seed=config.seed,
+    )
     assembled = assemble.assemble(
         transformer,
         config,
@@ -219,6 +232,7 @@ def _build(
         dtype=base.dtype,
         sharding=sharding,
         start=saved.start if saved else None,
+        first=() if saved else loader.first_batches(order, pictures=eva.PICTURES),
     )
     if sharded:
         accelerator.print(parallel.describe(transformer, sharding))
@@ -233,15 +247,6 @@ def _build(
         steps=config.train.steps,
         every=config.train.log_every,
         main=accelerator.is_main_process,
-    )
-    cache, keys = prepared.cache, prepared.keys
-    order = _order(config, prepared)
-    loader = Loader(
-        prepared.examples,
-        empty_text=keys.prompt(""),
-        cache=cache,
-        flow=config.flow,
-        seed=config.seed,
     )
     validator = prepared.trial and Validator(
         prepared.trial,
@@ -275,11 +280,12 @@ def _build(
 
 
 def _previews(config: Config, prepared: Prepared, *, folder: Path) -> Previews:
-    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.prompts
+    cache, keys, prompts = prepared.cache, prepared.keys, config.preview.texts
     requests = sample.requests(
         [texts.get(cache, keys.prompt(prompt)) for prompt in prompts],
+        config.preview.references,
         preview=config.preview,
-        resolution=max(config.data.resolutions),
+        data=config.data,
         seeds=range(len(prompts)),
     )
     return Previews(requests, texts.get(cache, keys.prompt("")), folder)

@@ -25,7 +25,7 @@ from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
 from train.loading.base import Base
-from train.lora import Adapter
+from train.lora import AnyAdapter
 from train.order import Mixture, Showing
 from train.track import Tracker
 from train.validation.validate import Model
@@ -72,7 +72,7 @@ class Trainer:
         folder: Path,
         origin: Origin,
         watch: Watch | None = None,
-        start: Adapter | None = None,
+        start: AnyAdapter | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -198,7 +198,7 @@ class Trainer:
                 averaged = self._average is not None and self._config.export.weights == "average"
                 label = "-average" if averaged else ""
                 sample.save_all(pictures, self._previews.folder, step=done, label=label)
-                self._tracker.previews(done, pictures, prompts=self._config.preview.prompts)
+                self._tracker.previews(done, pictures, prompts=self._config.preview.texts)
         self._accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 

@@ -73,6 +73,7 @@ class Report:
         self._base = first if first.step == 0 < self._check.step else None
         self._gain = verdict.change(self._check, since=self._base) if self._base else None
         self._overfits = verdict.overfits(history)
+        self._worth = None if self._check.worth is None else verdict.summary(self._check.worth)
         self._names = [example.name for example in validator.trial.examples]
         self._levels = [f"{sigma:.3f}" for sigma in validator.sigmas]
         self._group = "held_out" if history.held_out else "fixed_noise_training"
@@ -88,6 +89,8 @@ class Report:
             "to_base": gain and gain.mean,
             "to_base_error": gain and gain.error,
             "drift": check.drift,
+            "references_worth": self._worth and self._worth.mean,
+            "references_worth_error": self._worth and self._worth.error,
             "training_loss": check.training_loss,
             "overfits": self._overfits,
             "by_sigma": dict(zip(self._levels, check.bands, strict=True)),
@@ -101,6 +104,7 @@ class Report:
             "loss": self._loss.mean,
             "to_base": self._gain and self._gain.mean,
             "drift": self._check.drift,
+            "references_worth": self._worth and self._worth.mean,
             "overfits": float(self._overfits),
         }
         bands = zip(self._levels, self._check.bands, strict=True)
@@ -108,7 +112,7 @@ class Report:
         return {f"{self._group}/{key}": v for key, v in figures.items() if v is not None}
 
     def text(self, *, seconds: float) -> str:
-        """For the console: all in two lines, and the alarm."""
+        """For the console: all in two lines, one more for edits, and the alarm."""
         check = self._check
         kind = "held-out loss" if self._history.held_out else "training loss at fixed noise"
         line = f"step {check.step}: {kind} {self._loss}"
@@ -117,6 +121,10 @@ class Report:
         if check.drift is not None:
             line += f"; drift {check.drift:.2%}"
         lines = [f"{line}; {seconds:.1f} s", f"  by sigma: {self._by_sigma()}"]
+        if self._worth is not None:
+            lines.append(f"  without the references the loss is {self._worth} higher")
+            if not self._worth.rises:
+                lines[-1] += ", no more than chance: so far the model doesn't use them"
         return "\n".join(lines + ([self._alarm()] if self._overfits else []))
 
     def _by_sigma(self) -> str:

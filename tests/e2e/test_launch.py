@@ -44,7 +44,9 @@ def test_a_folder_of_pictures_becomes_an_adapter_with_everything_beside_it(whole
     assert {path.name for path in folder.iterdir()} == {
         *("checkpoints", "config.yaml", "metrics.jsonl", "previews", "tiny.certificate.json"),
         *("pictures.json", "timings.json", "tiny.safetensors", "versions.json"),
+        "tiny.diffusers.py",
     }
+    assert "to use it: tiny.diffusers.py" in output
     certificate = json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))
     assert certificate["passed"]
     with safe_open(folder / "tiny.safetensors", framework="pt") as file:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from PIL import Image
 
-from tests import tiny
+from tests import runs, tiny
 from train import encode, encode_text, latents, objective, sample, texts
 from train.batch import Batch
 from train.cache import Cache, FileDigests
@@ -97,8 +98,12 @@ def test_references_are_seen_and_cut_off():
 
 
 @pytest.mark.parametrize("family", ["dev", "klein"])
-def test_prompts_and_previews_are_the_pipelines(family, request, tmp_path):
+@pytest.mark.parametrize("sizes", [(), ((64, 64), (200, 90))], ids=["plain", "edit"])
+def test_prompts_and_previews_are_the_pipelines(family, sizes, request, tmp_path):
     """From prompt to pixels: cached embeddings, then `draw`, against one call of the pipeline."""
+    paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        runs.draw_picture(path, size=size, seed=number)
     folder = request.getfixturevalue(f"{family}_folder")
     found = base.resolve(BaseConfig(model=str(folder), dtype="fp32"))
     cache = Cache(tmp_path)
@@ -120,6 +125,7 @@ def test_prompts_and_previews_are_the_pipelines(family, request, tmp_path):
 
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0}
     expected = pipeline(
+        image=[Image.open(path) for path in paths] or None,
         prompt=prompt,
         height=64,
         width=80,
@@ -130,7 +136,7 @@ def test_prompts_and_previews_are_the_pipelines(family, request, tmp_path):
     drawn = sample.draw(
         found,
         found.load_transformer(cpu),
-        [sample.Request(text, seed=5, width=80, height=64)],
+        [sample.Request(text, seed=5, width=80, height=64, references=tuple(paths))],
         empty_text=empty,
         steps=3,
         guidance=3.0,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import folder, sources
+from data_tools import sources
 from data_tools.sources import Draft, Fault, Note
 from tests.unit import hostile
 from tests.unit.folders import faults, survey
@@ -13,7 +13,7 @@ from train.errors import DataError
 
 
 def drafts(root: Path) -> list[Draft]:
-    gathered = sources.gather(root, folder.listing(root))
+    _, gathered = sources.gather(root)
     assert gathered.faults == []
     return gathered.drafts
 
@@ -161,7 +161,7 @@ def test_kohya_folders(tmp_path: Path) -> None:
 )
 def test_not_kohya_if_pictures_lie_elsewhere(tmp_path: Path, others: str) -> None:
     fill(tmp_path, "10_dog/a.png", others)
-    found = sources.gather(tmp_path, folder.listing(tmp_path))
+    _, found = sources.gather(tmp_path)
     assert {(draft.repeats, draft.caption) for draft in found.drafts} == {(1, "")}
     text = "read as an ordinary folder, not kohya's, as pictures lie outside such folders"
     assert found.notes == [Note("10_dog", text)]
@@ -265,3 +265,22 @@ def test_a_mask_that_leads_out(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(line)
     reason = "'/etc/passwd' leads out of the folder; give names relative to it"
     assert survey(tmp_path).faults == (Fault("metadata.jsonl:1", reason),)
+
+
+# ---- references beside pictures
+
+
+def test_references_beside_their_picture(tmp_path: Path) -> None:
+    names = ("a.png", "a.ref.png", "b.png", "b.ref10.jpg", "b.ref2.png", "sub/c.png", "c.ref.png")
+    fill(tmp_path, *names)
+    for name in ("a", "b", "sub/c", "c.ref"):
+        (tmp_path / f"{name}.txt").write_text("make it red", encoding="utf-8")
+    found = {draft.name: draft.references for draft in drafts(tmp_path)}
+    assert found == {
+        "a.png": ("a.ref.png",),
+        "b.png": ("b.ref2.png", "b.ref10.jpg"),
+        "c.ref.png": (),
+        "sub/c.png": (),
+    }
+    alone = "has no reference, as others here have; trained as a picture of its own"
+    assert survey(tmp_path).notes == (("c.ref.png", alone), ("sub/c.png", alone))

@@ -99,10 +99,25 @@ def write(
             digest.update(data)
             body.write(data)
         metadata = describe(digest.hexdigest())
+        body.seek(0)
         _assemble({"__metadata__": metadata} | header, body, partial)
         if body_hash(partial) != digest.hexdigest():
             raise MachineError(f"{path}: the disk gave back other bytes than it was given.")
         return digest.hexdigest()
+
+
+def copy(source: Path, target: Path, *, metadata: dict[str, str]) -> None:
+    """The tensors of a file, byte for byte, under other metadata; `source` stays as it is.
+
+    Raises CheckpointError if `source` can't be read, MachineError where the disk refuses.
+    """
+    assert not (target.exists() and target.samefile(source)), "a file is never changed in place"
+    File(source)  # whole, and its header within safetensors' limits
+    with source.open("rb") as body, replacing(target) as partial:
+        header = json.loads(body.read(int.from_bytes(body.read(8), "little")))
+        _assemble(header | {"__metadata__": metadata}, body, partial)
+        if body_hash(partial) != body_hash(source):
+            raise MachineError(f"{target}: the disk gave back other bytes than it was given.")
 
 
 def body_hash(path: Path) -> str:
@@ -154,13 +169,12 @@ def _spool(partial: Path) -> Iterator[BinaryIO]:
 
 
 def _assemble(header: dict[str, Any], body: BinaryIO, partial: Path) -> None:
-    """The safetensors format: safetensors' own writer shuffles the metadata, so that the same
-    adapter would give another file each time."""
+    """The safetensors format, with the rest of `body`: safetensors' own writer shuffles the
+    metadata, so that the same adapter would give another file each time."""
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        body.seek(0)
         shutil.copyfileobj(body, file, BLOCK)
 
 

@@ -101,10 +101,32 @@ def merge(
             yield weight, {**group}
 
     names = ", ".join(f"{part.source.path.name}:{part.weight:g}" for part in parts)
-    outcome = save(
-        cut(), output, layout=to, dtype=DTYPES[dtype], metadata={"kindling.merged_from": names}
-    )
+    metadata = {"kindling.merged_from": names} | _spec(parts, title=output.stem)
+    outcome = save(cut(), output, layout=to, dtype=DTYPES[dtype], metadata=metadata)
     return outcome, kept
+
+
+def _spec(parts: list[Part], *, title: str) -> dict[str, str]:
+    """ModelSpec's fields of a merge, where all parts have them and are for one base."""
+    given = [part.source.file.metadata for part in parts]
+    kept = {
+        key: given[0].get(key)
+        for key in (
+            "modelspec.sai_model_spec",
+            "modelspec.architecture",
+            "modelspec.implementation",
+            "modelspec.license",
+        )
+        if len({metadata.get(key) for metadata in given}) == 1
+    }
+    if None in (kept.get("modelspec.architecture"), kept.get("modelspec.sai_model_spec")):
+        return {}
+    titles = [
+        metadata.get("modelspec.title", part.source.path.stem)
+        for part, metadata in zip(parts, given, strict=True)
+    ]
+    kept |= {"modelspec.title": title, "modelspec.merged_from": ", ".join(titles)}
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def updates_of(parts: list[Part]) -> Iterator[tuple[str, dict[str, LowRank]]]:

@@ -32,10 +32,15 @@ def open_adapter(path: Path) -> Source:
             f"{path}: '{source.unknown[0]}' {why} ({len(source.unknown)} such keys). "
             "`kindling certify` says what is in the file."
         )
+    check_whole(source)
+    return source
+
+
+def check_whole(source: Source) -> None:
+    """Raises CheckpointError where a name's keys can't be used."""
     if source.broken:
         name, fault = next(iter(source.broken.items()))
-        raise CheckpointError(f"{path}: {name} {fault} ({len(source.broken)} such names).")
-    return source
+        raise CheckpointError(f"{source.path}: {name} {fault} ({len(source.broken)} such names).")
 
 
 def _what_instead(source: Source) -> str:

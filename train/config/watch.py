@@ -18,11 +18,23 @@ NEUTRAL_PROMPTS = (
 """What most pictures are about, and no adapter for a character, product or style should change."""
 
 
+class EditConfig(Section):
+    """A preview that starts from other pictures."""
+
+    prompt: Text
+    """The instruction."""
+    references: Annotated[tuple[Home, ...], Field(min_length=1)]
+    """The pictures that it is about, in the order of their numbers."""
+
+
 class PreviewConfig(Section):
     """Pictures made while training, with the real pipeline and fixed seeds."""
 
     prompts: tuple[str, ...] = ()
-    """One picture each; none means no previews."""
+    """One picture each; neither these nor edits means no previews."""
+    edits: tuple[EditConfig, ...] = ()
+    """One picture each, drawn after those of prompts: an instruction and its reference pictures.
+    Without width and height it has the shape of the first reference, at the data's resolution."""
     every: Count = 250
     """Steps between previews; there is one before the first step and one after the last."""
     seed: Natural = 0
@@ -35,6 +47,16 @@ class PreviewConfig(Section):
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0.0, le=20.0)] = 4.0
     """Guidance scale of the pipeline."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of each picture."""
+        return (*self.prompts, *(edit.prompt for edit in self.edits))
+
+    @property
+    def references(self) -> tuple[tuple[str, ...], ...]:
+        """The reference pictures of each picture."""
+        return (*[()] * len(self.prompts), *(edit.references for edit in self.edits))
 
 
 class ValidationConfig(Section):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,12 @@ NAMED_BASES = {
 }
 """klein means the base checkpoints: an adapter trained on a distilled one draws grey pictures."""
 
+DISTILLED = {
+    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+}
+"""The step-distilled checkpoints of the same shapes, which adapters are used on and not trained."""
+
 LICENCES = {
     "dev": "FLUX.2-dev Non-Commercial License",
     "klein-4b": "Apache-2.0",
@@ -66,6 +73,17 @@ class Family:
     true_cfg: bool
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How pictures are made unless the user says otherwise."""
+
+    steps: int
+    guidance: float
+    """Embedded in dev, true guidance on klein; 1 is none."""
+
+
+FULL, FEW = Inference(50, 4.0), Inference(4, 1.0)
+
 FAMILIES = {
     "Flux2Pipeline": Family(
         "dev", "Flux2Pipeline", "Mistral3ForConditionalGeneration", (10, 20, 30), "left", False
@@ -89,6 +107,11 @@ class Base:
     quantize: str = "none"
     transformer: Path | None = None
     """The file that has the transformer's weights instead of the base's own."""
+
+    @property
+    def inference(self) -> Inference:
+        """The authors' defaults."""
+        return FEW if self.distilled else FULL
 
     def folder(self, part: str) -> Path:
         """The local folder of one part, fetched first if the base is on the hub."""
@@ -185,6 +208,8 @@ class Base:
             )
         if layers > last:
             model.norm = torch.nn.Identity()  # it belongs after the whole model's last layer
+        if quantize == "nf4" and device.type == "cpu":
+            _compute_as_on_a_gpu(model)
         return model.requires_grad_(False).eval()
 
     def load_scheduler(self) -> Any:
@@ -248,6 +273,28 @@ def _quantization(name: str, *, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
+
+
+def _compute_as_on_a_gpu(model: Any) -> None:
+    """Give bitsandbytes' 4-bit Linears on a CPU the product that a GPU computes.
+
+    Its kernels for CPUs with AVX512 round inputs to bf16, refuse widths that aren't multiples of 32
+    and unpack those wrongly that aren't multiples of 64 (0.50), so a prompt's embedding would
+    depend on the CPU.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.forward = partial(_product_4bit, module)
+
+
+def _product_4bit(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    state, unpack = linear.weight.quant_state, torch.ops.bitsandbytes.dequantize_4bit
+    rows, columns = state.shape
+    flat = [1, rows * columns]  # rows that begin no block of their own
+    weight = unpack(linear.weight, state.absmax, state.blocksize, "nf4", flat, x.dtype)
+    return torch.nn.functional.linear(x, weight.view(rows, columns), linear.bias)
 
 
 def max_text_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:

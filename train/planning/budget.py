@@ -15,6 +15,9 @@ CONTEXT = 600 * 10**6
 """Assumed, not measured yet: the CUDA context, cuBLAS' and cuDNN's own memory."""
 FRAGMENTATION = 0.05
 """Assumed, not measured yet: what the allocator reserves beyond what is allocated, a share."""
+MARGIN = 0.03
+"""Share of a GPU's memory that plans leave free: for a desktop and other programs, and because the
+two constants above and the kernels' own workspace haven't been measured."""
 
 GATHERED = 4
 """Largest blocks that are whole at once where the base is in parts on several GPUs: measured on two
@@ -125,13 +128,18 @@ class Decision:
     fits: bool
 
 
+def usable(memory: int | float) -> int:
+    """GPU memory less the margin."""
+    return int(memory * (1 - MARGIN))
+
+
 def allowed(memory: int | float) -> int:
-    """What torch may allocate of a GPU's memory: less what isn't torch's, and its own slack."""
-    return int((memory - CONTEXT) / (1 + FRAGMENTATION))
+    """What torch may allocate of a GPU: less the margin, what isn't torch's, and its own slack."""
+    return int((usable(memory) - CONTEXT) / (1 + FRAGMENTATION))
 
 
 def needed(allocated: int | float) -> int:
-    """The inverse: GPU memory for so much allocated."""
+    """GPU memory that so much allocated takes; the margin isn't in it."""
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
 
 

@@ -99,8 +99,9 @@ def _lacking(
 ) -> Iterator[str]:
     for phase in listed:
         need = budget.needed(phase.gpu) if phase.gpu else 0
-        if limit is not None and need > limit:
-            yield f"{phase.name}: {need / GB:.1f} GB of GPU memory, there are {limit / GB:.1f}"
+        if limit is not None and need > (usable := budget.usable(limit)):
+            have = f"{usable / GB:.1f} of {limit / GB:.1f} without the margin"
+            yield f"{phase.name}: {need / GB:.1f} GB of GPU memory, there are {have}"
         if room.ram is not None and phase.ram > room.ram:
             yield f"{phase.name}: {phase.ram / GB:.0f} GB of RAM, there are {room.ram / GB:.0f}"
     disk = facts.fetched + sum(phase.disk for phase in listed)
@@ -169,8 +170,10 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _sensible(config: Config, changes: Mapping[str, Any]) -> bool:
-    """Whether all of it is a change, and one for less memory."""
-    if "preview.width" in changes and not config.preview.prompts:
+    """Whether all of it is a change, and one for less memory; auto has tried all values."""
+    if any(_value(config, name) == "auto" for name in changes):
+        return False
+    if "preview.width" in changes and not config.preview.texts:
         return False
     if changes.get("base.quantize") == "fp8" and config.base.quantize != "none":
         return False

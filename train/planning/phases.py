@@ -5,13 +5,14 @@ by `budget`; what the base is, `facts` says. Each figure is computed from shapes
 here says that it is assumed. Bytes and seconds.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from data_tools.buckets import Geometry
+from data_tools.buckets import REFERENCE_AREA, Geometry
 from train.config import Config, LoraConfig
 from train.loading.base import DTYPES, MAX_TEXT_TOKENS
 from train.planning import budget, footprint
@@ -194,7 +195,7 @@ def _prompts(case: Case) -> int:
     """Captions, prompts of previews and checks, and the empty one."""
     config = case.config
     watched = config.validation.neutral_prompts if config.validation.pictures != "off" else ()
-    return case.pictures.captions + 1 + len({*config.preview.prompts, *watched})
+    return case.pictures.captions + 1 + len({*config.preview.texts, *watched})
 
 
 def _text_cache(case: Case) -> int:
@@ -238,7 +239,7 @@ def _validation(case: Case) -> list[Phase]:
     settings, train = case.config.validation, case.config.train
     if settings.pictures == "off":
         return []
-    passes = settings.max_pictures * settings.sigmas
+    passes = settings.max_pictures * settings.sigmas * (2 if case.pictures.references else 1)
     passes += len(settings.neutral_prompts) * DRIFT_STEPS
     rounds = train.steps // (settings.every or train.checkpoint_every) + 2
     single = replace(case.step, batch_size=1)
@@ -251,15 +252,18 @@ def _validation(case: Case) -> list[Phase]:
 
 def _previews(case: Case) -> list[Phase]:
     preview = case.config.preview
-    if not preview.prompts:
+    if not preview.texts:
         return []
     side = max(case.config.data.resolutions)
     size = Geometry(preview.width or side, preview.height or side)
     vae, decoding, work = case.meters.vae(size, case.dtype, decode=True)
-    step = replace(case.step, target=size, references=(), batch_size=1)
+    most = max(map(len, preview.references))  # of the largest size that a reference keeps
+    side = math.isqrt(REFERENCE_AREA)
+    references = (Geometry(side, side),) * most
+    step = replace(case.step, target=size, references=references, batch_size=1)
     passing = case.meters.forward(case.config.lora, step)
     times = preview.steps * (2 if case.facts.klein and preview.guidance > 1 else 1)
-    count = (case.config.train.steps // preview.every + 2) * len(preview.prompts)
+    count = (case.config.train.steps // preview.every + 2) * len(preview.texts)
     work = count * (times * sum(forward_work(case.facts.transformer, step)) + work)
     return [
         Phase(

@@ -113,7 +113,12 @@ def _pictures(config: "Config") -> "Pictures":
             encoded += PICTURES * len(data.resolutions) * (2 if data.flip else 1)
             captions += PICTURES
             largest = max(data.resolutions)
-            examples.append((Geometry(largest, largest), ()))
+            pairs = max(
+                map(len, config.preview.references), default=0
+            )  # edits are drawn, so trained
+            square = Geometry(largest, largest)
+            examples.append((square, (square,) * pairs))
+            encoded += PICTURES * pairs
             continue
         rows = records.read(data).records
         plan = buckets.plan(rows, data=data)
@@ -237,7 +242,9 @@ def _verdict(found: "Forecast", remedy: "Remedy | None") -> str:
     if found.fits and found.limit is None:
         return "Fits this machine's RAM and disk; there is no GPU to compare with."
     if found.fits:
-        return "It fits."
+        most = max(needed(phase.gpu) for phase in found.phases if phase.gpu)
+        assert found.limit is not None
+        return f"It fits: {most / GB:.1f} of {found.limit / GB:.1f} GB of GPU memory at most."
     lines = ["It doesn't fit:", *(f"  {line}" for line in found.lacking)]
     if remedy is None:
         lines.append("No change of settings that a plan knows makes it fit.")
@@ -280,11 +287,13 @@ def _marks(found: "Forecast", room: "Room") -> str:
     from train.planning import budget, machine, phases
 
     lines = [
-        "computed: files by the published shapes; weights, gradients, activations and operations "
-        "by the real training code without numbers; a compiled step counts as an eager one",
+        "computed, and not compared with a GPU yet: files by the published shapes; weights, "
+        "gradients, activations and operations by the real training code without numbers; a "
+        "compiled step counts as an eager one",
         f"assumed, not measured yet: {_gb(budget.CONTEXT)} CUDA context, "
         f"{budget.FRAGMENTATION:.0%} allocator slack, {_gb(phases.PROCESS)} RAM of the process, "
-        f"{_gb(phases.LOADING)} more while loading",
+        f"{_gb(phases.LOADING)} more while loading; a margin of {budget.MARGIN:.0%} of the GPU's "
+        "memory is left free for that and for other programs",
     ]
     if room.gpu is not None:
         share = machine.SHARE_MEASURED if room.gpu.here else machine.SHARE

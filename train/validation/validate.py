@@ -8,7 +8,7 @@ dropout, no generator but its own. What the figures mean is `verdict`'s.
 Shape suffixes as in `batch`, and P pictures, S noise levels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,9 +42,15 @@ class Trial:
     origin: str
     """Where the pictures are from, for the console."""
 
+    @property
+    def edits(self) -> tuple[int, ...]:
+        """Numbers of the examples with references."""
+        return tuple(n for n, example in enumerate(self.examples) if len(example.pictures) > 1)
+
     def describe(self, validation: ValidationConfig, *, every: int) -> list[str]:
         """What a check is of and what it costs, for the console."""
-        passes = len(self.examples) * validation.sigmas + len(self.neutral) * DRIFT_STEPS
+        pictures = len(self.examples) + len(self.edits)
+        passes = pictures * validation.sigmas + len(self.neutral) * DRIFT_STEPS
         kind = "held out, never trained:" if self.held_out else "none held out; training loss of"
         what = f"{kind} {self.origin}"
         return [f"validation: {what}", f"  {passes} passes forward every {every} steps"]
@@ -102,24 +108,37 @@ class Validator:
         training = model.transformer.training
         model.transformer.eval()
         losses_PS = self.losses(model)
+        worth = self._worth(losses_PS, model)
         drift = self.drift(model) if self.trial.neutral else None
         model.transformer.train(training)
         by_picture, by_level = losses_PS.double().mean(1), losses_PS.double().mean(0)
-        return Check(step, tuple(by_picture.tolist()), tuple(by_level.tolist()), drift)
+        return Check(step, tuple(by_picture.tolist()), tuple(by_level.tolist()), drift, worth)
 
     def losses(self, model: Model) -> Tensor:
         """The loss of each picture at each noise level, (P, S), fp32, on the CPU."""
+        return self._losses(model, range(len(self.trial.examples)))
 
-        def measure(number: int) -> Tensor:
+    def _losses(self, model: Model, numbers: Sequence[int], *, alone: bool = False) -> Tensor:
+        """Those of some pictures. alone: without their references."""
+
+        def measure(row: int) -> Tensor:
             rows = [
                 objective.losses(
                     model.transformer, batch, dtype=model.dtype, guidance=model.guidance
                 )
-                for batch in self._batches(number)
+                for batch in self._batches(numbers[row], alone=alone)
             ]
             return torch.cat(rows)
 
-        return self._table(measure, rows=len(self.trial.examples), width=self._levels)
+        return self._table(measure, rows=len(numbers), width=self._levels)
+
+    def _worth(self, losses_PS: Tensor, model: Model) -> tuple[float, ...] | None:
+        """How much the loss of each edit is higher at the same noise without its references."""
+        edits = self.trial.edits
+        if not edits:
+            return None
+        alone_ES = self._losses(model, edits, alone=True)
+        return tuple((alone_ES.double() - losses_PS[list(edits)].double()).mean(1).tolist())
 
     def drift(self, model: Model) -> float:
         """RMS difference of the adapter's velocities to the base's, over the RMS of the latter.
@@ -202,8 +221,11 @@ class Validator:
     def _sigmas(self, example: Example) -> Tensor:
         return flow.quantile_sigmas(self._flow, tokens=example.tokens, count=self._levels)
 
-    def _batches(self, number: int) -> Iterator[Batch]:
-        """A picture at all noise levels, each with noise of its own, on the device."""
+    def _batches(self, number: int, *, alone: bool) -> Iterator[Batch]:
+        """A picture at all noise levels, each with noise of its own, on the device.
+
+        alone: without its references.
+        """
         example = self.trial.examples[number]
         row = data.read(example, cache=self._cache)
         clean = row.pictures[0]
@@ -228,7 +250,7 @@ class Validator:
                 weight_Bhw=repeated(row.weight_hw),
                 sigma_B=sigmas[part],
                 text_BLJ=repeated(row.text_LJ),
-                references=tuple(map(repeated, row.pictures[1:])),
+                references=() if alone else tuple(map(repeated, row.pictures[1:])),
                 names=(example.name,) * size,
             )
             yield batch.to(self._accelerator.device)

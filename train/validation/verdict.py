@@ -30,6 +30,10 @@ ALARM_RULE = (
 )
 
 
+TABLES = ("losses", "bands", "worth")
+"""Of a check: its figures of which there are several."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What was measured after some step; all processes have the same."""
@@ -41,6 +45,8 @@ class Check:
     """Of each noise level, the mean over pictures."""
     drift: float | None = None
     """How far velocities at neutral prompts are from the base's, relative to those."""
+    worth: tuple[float, ...] | None = None
+    """Of each picture with references, how much higher its loss is without them."""
     training_loss: float | None = None
     """Mean over the steps since the check before; None before the first step."""
     saved: bool = False
@@ -88,7 +94,7 @@ class History:
     def of_json(cls, facts: dict[str, Any]) -> "History":
         """The inverse, to the bit."""
         checks = [
-            Check(**row | {key: tuple(row[key]) for key in ("losses", "bands")})
+            Check(**row | {key: tuple(row[key]) for key in TABLES if row.get(key)})
             for row in facts["checks"]
         ]
         since = (facts["losses_since"][0], facts["losses_since"][1])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from train.adapters import export, files
 from train.adapters.intent import PEFT_METADATA
+from train.config import Config
 from train.errors import CheckpointError, ConfigError, MachineError
 from train.lora import Adapter
 
@@ -135,6 +136,14 @@ def test_metadata(tmp_path: Path) -> None:
         "kindling.training_shift": "tokens",
         "kindling.inference_shift": "empirical mu",
     }
+
+
+def test_settings_in_kohyas_words() -> None:
+    tree = {"name": "a", "data": {"path": "p"}, "train": {"steps": 9}, "optim": {"lr": 2e-4}}
+    found = export.settings(Config.model_validate(tree))
+    assert (found["ss_max_train_steps"], found["ss_learning_rate"]) == ("9", "0.0002")
+    assert not found.keys() & export.describe(FACTS, adapter()).keys()
+    assert "ss_network_module" not in found
 
 
 def test_what_is_unknown_is_left_out_and_a_title_is_always_there() -> None:

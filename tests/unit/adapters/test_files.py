@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.unit.adapters.state import random_lora, save
@@ -14,6 +14,7 @@ from train.adapters.convert import convert
 from train.adapters.files import File
 from train.adapters.resize import resize
 from train.adapters.write import LAYOUTS
+from train.errors import CheckpointError
 
 
 def test_writing_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -27,6 +28,25 @@ def test_writing_is_what_safetensors_reads(tmp_path: Path) -> None:
     }
     assert File(path).metadata == {"hash": digest} == {"hash": files.body_hash(path)}
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_copy_has_the_same_bytes_under_other_metadata(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 2), "a": torch.tensor(2.5).bfloat16(), "ü": torch.ones(0, 4)}
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(tensors, source, metadata={"old": "1"})
+    before = source.read_bytes()
+    files.copy(source, target, metadata={"new": "新"})
+    assert source.read_bytes() == before
+    assert files.body_hash(target) == files.body_hash(source)
+    found = load_file(target)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert File(target).metadata == {"new": "新"}
+    with pytest.raises(AssertionError, match="never changed in place"):
+        files.copy(source, source, metadata={})
+    source.write_bytes(before[:-1])
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        files.copy(source, tmp_path / "c.safetensors", metadata={})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
 def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path) -> None:

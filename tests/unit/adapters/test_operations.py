@@ -14,7 +14,7 @@ from tests import bfl, tiny
 from tests.unit.adapters import state as adapters
 from tests.unit.adapters.state import deltas, random_lora, save
 from train.adapters import bake, convert, merge, resize
-from train.adapters.files import body_hash
+from train.adapters.files import File, body_hash
 from train.adapters.merge import open_part
 from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError, ConfigError, MachineError
@@ -245,9 +245,12 @@ def test_into_a_folder_that_exists(base: Path, tmp_path: Path) -> None:
 def test_rows_are_changed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     update = bake.LowRank(torch.randn(10, 2), torch.randn(2, 5))
     weight = torch.randn(10, 5)
-    whole = bake.added(weight, update, bake.Baked())
-    monkeypatch.setattr(bake, "ROWS", 3)
-    torch.testing.assert_close(bake.added(weight, update, bake.Baked()), whole)
+    whole, pieces = weight.clone(), weight.clone()
+    bake.add_into(whole, update, bake.Baked())
+    monkeypatch.setattr(bake, "CHUNK", 15)
+    bake.add_into(pieces, update, bake.Baked())
+    torch.testing.assert_close(whole, weight + update.up @ update.down)
+    torch.testing.assert_close(pieces, whole)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -273,3 +276,25 @@ def test_metadata_are_kept_but_for_what_became_false(tmp_path: Path) -> None:
     assert found["ss_network_dim"] == "4"
     assert found["kindling.converted_from"].startswith("transformer. + diffusers names")
     assert found["sshs_model_hash"] == body_hash(output)
+
+
+def test_a_merge_says_of_what_where_both_say_what_they_are(tmp_path: Path) -> None:
+    spec = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Flux.2-custom/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.license": "MIT",
+    }
+    titled = spec | {"modelspec.title": "Mika", "modelspec.license": "Apache-2.0"}
+    one = save(random_lora(1), tmp_path / "one.safetensors", spec)
+    two = save(random_lora(2), tmp_path / "two.safetensors", titled)
+    output = tmp_path / "both.safetensors"
+    merge.merge([open_part(str(one)), open_part(str(two))], output)
+    metadata = File(output).metadata
+    assert metadata["modelspec.merged_from"] == "one, Mika"
+    assert metadata["modelspec.title"] == "both"
+    assert metadata["modelspec.architecture"] == "Flux.2-custom/lora"
+    assert "modelspec.license" not in metadata, "they differ"
+    save(random_lora(2), two)
+    merge.merge([open_part(str(one)), open_part(str(two))], output)
+    assert not any(k.startswith("modelspec.m") for k in File(output).metadata)

@@ -1,6 +1,7 @@
 """The measure, against a second one that is written out by hand; and that it touches nothing."""
 
 import itertools
+import json
 from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
@@ -17,6 +18,7 @@ from train.config import FlowConfig, LoraConfig
 from train.data import Example, Rules
 from train.flow import quantile_sigmas, token_shift
 from train.validation.validate import DRIFT_STEPS, Model, Trial, Validator
+from train.validation.verdict import History
 
 SIZES = ((64, 48), (32, 32), (64, 48))
 LEVELS = 5
@@ -253,3 +255,22 @@ def test_other_pictures_prompts_or_levels_are_another_measure():
         replace(whole, examples=whole.examples[:2]).digest(levels=8),
     }
     assert len(digests) == 4
+
+
+def test_what_references_are_worth_is_a_difference_of_losses(cache: Cache):
+    """Of those that have some, against the same picture at the same noise without any."""
+    edits = list(trial().examples)
+    for number, other in ((0, 2), (1, 0)):
+        pictures = (*edits[number].pictures, f"aa{other}")
+        edits[number] = replace(edits[number], pictures=pictures)
+    asked = model()
+    found = validator(cache, examples=tuple(edits)).check(1, asked)
+    alone = validator(cache).check(1, asked)
+    assert alone.worth is None
+    assert found.worth is not None
+    expected = [without - own for own, without in zip(found.losses, alone.losses, strict=True)]
+    assert found.worth == pytest.approx(expected[:2])
+    assert all(found.worth)
+    assert found.losses[2] == alone.losses[2]
+    history = History(True, "", (found, alone))
+    assert History.of_json(json.loads(json.dumps(history.to_json()))) == history
