@@ -23,7 +23,8 @@ LAYERS = {
         "train.generate",
     ],
     1: [
-        *("train.config.schema", "train.config.adapter", "train.config.watch", "train.config"),
+        *("train.config.schema", "train.config.adapter", "train.config.machine"),
+        *("train.config.watch", "train.config"),
         *("train.config.reading", "train.config.wording", "train.config.yaml_text"),
         "train.loading.shapes",
     ],
@@ -64,7 +65,8 @@ LAYERS = {
         "data_tools.exchange.tars",
     ],
     3: [
-        *("train.loading.base", "train.encode", "train.encode_text", "train.lora", "train.data"),
+        *("train.loading.base", "train.loading.packed"),
+        *("train.encode", "train.encode_text", "train.lora", "train.data"),
         "train.lora.*",
         "train.average",
         *(
@@ -156,8 +158,9 @@ HIGHEST = {
 """Modules that may import from fewer layers than those below their own: the highest allowed."""
 
 SIDEWAYS = {
-    "train.config": {"train.config.schema", "train.config.adapter", "train.config.watch"},
+    "train.config": {f"train.config.{name}" for name in ("schema", "adapter", "machine", "watch")},
     "train.config.adapter": {"train.config.schema"},
+    "train.config.machine": {"train.config.schema"},
     "train.config.watch": {"train.config.schema"},
     "train.config.wording": {"train.config.schema"},
     "train.config.yaml_text": {"train.config.wording"},
@@ -196,7 +199,9 @@ SIDEWAYS = {
         "train.lora",
         "train.loading.weights",
     },
-    "train.loading.base": {"train.loading.transformer", "train.loading.weights"},
+    "train.loading.base": {
+        *("train.loading.packed", "train.loading.transformer", "train.loading.weights"),
+    },
     "train.encode": {"train.loading.base"},
     "train.encode_text": {"train.loading.base", "train.encode"},
     "train.lora": {"train.lora.*"},

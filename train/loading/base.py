@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 
 from train.config import BaseConfig
 from train.errors import ConfigError
-from train.loading import hub
+from train.loading import hub, packed
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -195,7 +194,7 @@ class Base:
                 config=config,
                 dtype=self.dtype,
                 key_mapping={r"^(model\.)?language_model\.(model\.)?": ""},
-                quantization_config=_quantization(quantize, dtype=self.dtype),
+                quantization_config=packed.settings(quantize, dtype=self.dtype),
                 device_map={"": device},
                 output_loading_info=True,
             )
@@ -209,7 +208,7 @@ class Base:
         if layers > last:
             model.norm = torch.nn.Identity()  # it belongs after the whole model's last layer
         if quantize == "nf4" and device.type == "cpu":
-            _compute_as_on_a_gpu(model)
+            packed.compute_as_on_a_gpu(model)
         return model.requires_grad_(False).eval()
 
     def load_scheduler(self) -> Any:
@@ -257,44 +256,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         set_verbosity(before)
-
-
-def _quantization(name: str, *, dtype: torch.dtype) -> Any:
-    """bitsandbytes' settings; None for "none"."""
-    from transformers import BitsAndBytesConfig
-
-    if name == "none":
-        return None
-    if name == "int8":
-        # it would say for every matrix of every prompt that it computes in fp16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    assert name == "nf4"
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-
-
-def _compute_as_on_a_gpu(model: Any) -> None:
-    """Give bitsandbytes' 4-bit Linears on a CPU the product that a GPU computes.
-
-    Its kernels for CPUs with AVX512 round inputs to bf16, refuse widths that aren't multiples of 32
-    and unpack those wrongly that aren't multiples of 64 (0.50), so a prompt's embedding would
-    depend on the CPU.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.forward = partial(_product_4bit, module)
-
-
-def _product_4bit(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    state, unpack = linear.weight.quant_state, torch.ops.bitsandbytes.dequantize_4bit
-    rows, columns = state.shape
-    flat = [1, rows * columns]  # rows that begin no block of their own
-    weight = unpack(linear.weight, state.absmax, state.blocksize, "nf4", flat, x.dtype)
-    return torch.nn.functional.linear(x, weight.view(rows, columns), linear.bias)
 
 
 def max_text_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:
