@@ -126,10 +126,15 @@ def _check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
             "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
             "all, or launch without FSDP or DeepSpeed."
         )
-    if config.lora.kind != "lora" and sharding == "zero3":
+    if config.lora.kind == "dora":
         raise ConfigError(
-            f"lora.kind: DeepSpeed knows whole weights inside their Linears only, and none but "
-            f"LoRA's, so not {config.lora.kind}. Launch with configs/accelerate/fsdp2.yaml."
+            "lora.kind: peft can't load DoRA onto a base in parts on each process, so the run "
+            "couldn't prove its file. Use lora, or launch with configs/accelerate/ddp.yaml."
+        )
+    if config.lora.kind == "lokr" and sharding == "zero3":
+        raise ConfigError(
+            "lora.kind: of adapters, DeepSpeed would cut lokr's weights, too. Use lora, or launch "
+            "with configs/accelerate/fsdp2.yaml."
         )
     if config.speed.compile and sharding == "zero3":
         raise ConfigError(

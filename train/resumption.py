@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from data_tools.records import Collection, Record
@@ -71,8 +71,7 @@ def find(
         nothing = f"{folder}: nothing to resume; starting from the beginning"
         return None, [*said, nothing] if resume else said
     saved = checkpoint.load(newest)
-    before = completed(saved.progress.config)
-    changed = changed_settings(before, config.model_dump(mode="json"))
+    changed = changed_settings(saved.progress.config, config.model_dump(mode="json"))
     if saved.progress.world != world:
         changed["processes"] = f"{saved.progress.world} -> {world}"
     said += _judge(
@@ -108,14 +107,6 @@ def _judge(title: str, changes: dict[str, bool], *, accept: bool) -> list[str]:
         title += f" Put back, use another name, or say that it is meant with {ACCEPT}:"
         raise ConfigError(bullet_list(title, list(changes)))
     return [bullet_list("accepted changes:", list(changes))] if changes else []
-
-
-def completed(before: dict[str, Any]) -> dict[str, Any]:
-    """A run's config with the defaults of settings that are newer than it."""
-    try:
-        return Config.model_validate(before).model_dump(mode="json")
-    except ValidationError:  # what has been renamed or is forbidden since is shown as it is
-        return before
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from tests import lanes, tiny
 from train import assemble, lora, speed
 from train.config import Config
+from train.errors import ConfigError
 from train.loading.frozen import FrozenLinear
 
 CPU = torch.device("cpu")
@@ -71,3 +72,24 @@ def test_compiled_packed_streamed_and_recomputed_blocks_compute_the_same(
     torch.testing.assert_close(all_of_it, plain, rtol=1e-5, atol=1e-7)
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharding", "says"),
+    [
+        ("dora", "fsdp2", "can't load DoRA"),
+        ("dora", "zero3", "can't load DoRA"),
+        ("lokr", "zero3", "cut lokr's weights"),
+        ("lokr", "fsdp2", None),
+        ("lora", "zero3", None),
+    ],
+)
+def test_a_sharded_base_takes_what_can_be_proved(kind: str, sharding: Any, says: str) -> None:
+    tree = {"name": "x", "data": {"path": "x"}, "train": {"steps": 1}, "lora": {"kind": kind}}
+    config = Config.model_validate(tree)
+    memory = assemble.Memory.of(config.memory, double=1, single=1)
+    if says is None:
+        assemble._check_sharded(sharding, memory, config)
+        return
+    with pytest.raises(ConfigError, match=says):
+        assemble._check_sharded(sharding, memory, config)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from tests import damage
-from train import checkpoint
+from train import checkpoint, resumption
 from train.checkpoint import Checkpoint, Origin, Progress
-from train.config import OptimConfig
+from train.config import Config, OptimConfig
 from train.errors import CheckpointError
 from train.lora import Adapter
 from train.lora.adapter import of_parts
@@ -272,3 +272,14 @@ def test_fifty_kills_never_lose_more_than_the_last_interval(tmp_path: Path):
     for step in range(1, end + 1):
         weight = weight * 0.9 + step
     assert torch.equal(checkpoint.load(newest).adapter.parts["lora_B"]["a"], weight)
+
+
+def test_a_run_from_before_there_were_kinds_can_be_resumed():
+    tree = {"name": "x", "data": {"path": "p"}, "train": {"steps": 9}, "lora": {"rank": 4}}
+    now = Config.model_validate(tree).model_dump(mode="json")
+    old = json.loads(json.dumps(now))
+    for key in ("kind", "factor"):
+        del old["lora"][key]
+    assert resumption.changed_settings(old, now) == {}
+    now["lora"]["kind"] = "dora"
+    assert resumption.changed_settings(old, now) == {"lora.kind": "lora -> dora"}
