@@ -49,6 +49,11 @@ ARMS: dict[str, Arm] = {
         rates=("2e-3", "1e-3"),
         against="rank-64",
     ),
+    "adamw8bit-64-2e-3": Arm(
+        "8-bit AdamW at rank 64, at that one's rate",
+        ("optim.name=adamw8bit", "lora.rank=64"),
+        against="rank-64",
+    ),
     "dropout": Arm("caption dropout 0.05", ("data.caption_dropout=0.05",)),
     "lora-plus": Arm("LoRA+ 16", ("optim.lora_plus=16",), rates=("5e-4", "2e-3")),
 }
