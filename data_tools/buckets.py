@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from train.config import DataConfig
@@ -30,6 +30,8 @@ REFERENCE_AREA = 1024 * 1024
 """Pixels of a reference picture at most, as in Flux2Pipeline."""
 REFERENCE_SIDE = 64
 """Pixels of its sides at least, as in Flux2Pipeline."""
+REFERENCE_ASPECT = 8
+"""Long side over short side at most, as in Flux2Pipeline."""
 
 # Long side over short side: 1:1, 8:7, 5:4, 4:3, A4, 3:2, 5:3, 16:9, 2:1, 21:9, 8:3, 3:1 and on.
 SHAPES = (1, 8 / 7, 5 / 4, 4 / 3, 7 / 5, 3 / 2, 5 / 3, 16 / 9, 2, 7 / 3, 8 / 3)
@@ -132,6 +134,7 @@ def plan(pictures: Sequence[Sized], *, data: DataConfig) -> Plan:
     )
 
 
+@lru_cache(maxsize=10_000)  # cameras make many pictures of few sizes
 def place(
     width: int,
     height: int,
@@ -175,6 +178,8 @@ def reference_fault(width: int, height: int) -> str:
     """Why a picture of this size can't be a reference; empty if it can."""
     if min(width, height) < REFERENCE_SIDE:
         return f"is {width}x{height}; a reference needs {REFERENCE_SIDE} pixels a side"
+    if max(width, height) > REFERENCE_ASPECT * min(width, height):
+        return f"is {width}x{height}; a reference may be {REFERENCE_ASPECT} times as long as wide"
     return ""
 
 

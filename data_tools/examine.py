@@ -94,23 +94,27 @@ def sharpness(grey_HW: np.ndarray) -> float:
     It finds candidates to look at, not verdicts: strong noise hides a blur.
     """
     grey = grey_HW.astype(np.int16)
-    inner = grey[1:-1, 1:-1]
-    if not inner.size:
+    right, below = grey[1:-1, 1:] - grey[1:-1, :-1], grey[1:, 1:-1] - grey[:-1, 1:-1]
+    laplacian = right[:, 1:] - right[:, :-1] + below[1:] - below[:-1]
+    if not laplacian.size:
         return 0.0
-    right, below = grey[1:-1, 2:] - inner, grey[2:, 1:-1] - inner
-    edges = _energies(right + below + grey[1:-1, :-2] + grey[:-2, 1:-1] - 2 * inner)
-    tile = int(edges.argmax())
-    gradient = _energies(right).flat[tile] + _energies(below).flat[tile]
-    return float(max(0.0, edges.flat[tile] - _ROUNDING) / (gradient + 1))
+    edges = _energies(laplacian)
+    row, column = divmod(int(edges.argmax()), edges.shape[1])
+    height, width = (side // n for side, n in zip(laplacian.shape, edges.shape, strict=True))
+    tile = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
+    steps = np.stack([right[:, 1:][tile], below[1:][tile]]).astype(np.float32).ravel()
+    gradient = np.dot(steps, steps) / (height * width)
+    return float(max(0.0, edges[row, column] - _ROUNDING) / (gradient + 1))
 
 
 def _energies(values_HW: np.ndarray) -> np.ndarray:
     """Mean square in each of 4 x 4 tiles, fewer where the picture is that small."""
     rows, columns = (min(_TILES, side) for side in values_HW.shape)
     height, width = values_HW.shape[0] // rows, values_HW.shape[1] // columns
-    tiles = values_HW[: rows * height, : columns * width].astype(np.float32)
-    tiles = tiles.reshape(rows, height, columns, width)
-    return np.einsum("rhcw,rhcw->rc", tiles, tiles) / (height * width)
+    bands = values_HW[: rows * height, : columns * width].astype(np.float32)
+    bands = bands.reshape(rows, height, columns * width)
+    sums = np.einsum("rhk,rhk->rk", bands, bands)  # along whole rows: faster than tile by tile
+    return sums.reshape(rows, columns, width).sum(axis=2) / (height * width)
 
 
 class Looks(Protocol):

@@ -66,6 +66,10 @@ class PictureError(DataError):
         self.path = path
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["PictureError"], tuple[Path, str]]:
+        """So that a process can send one."""
+        return PictureError, (self.path, self.reason)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -161,7 +165,9 @@ def _probe(
     notes = _notes(image)
     width, height = image.size
     if sha256 not in proven:
-        image.draft(None, _within(image.size, side))
+        # rounded down, else Pillow takes twice the pixels for a fraction of one
+        longest = max(image.size)
+        image.draft(None, (max(1, side * width // longest), max(1, side * height // longest)))
         _decode(path, image)
     orientation = _orientation(image, data)
     if orientation >= 5:

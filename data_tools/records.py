@@ -9,14 +9,17 @@ The records are held as a `datasets.Dataset` (Arrow): a hundred thousand cost so
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
 
-from data_tools import buckets, captions, folder, masks, pictures, sources, workers
+from data_tools import buckets, captions, folder, pictures, sources, workers
 from data_tools.captions import TextError
 from data_tools.pictures import PictureError, Probe
 from data_tools.sources import Draft, Fault, Note
@@ -139,34 +142,29 @@ def survey(
     *,
     proven: Container[str] = frozenset(),
     progress: bool = True,
-    probe: Callable[[Path], Probe] | None = None,
+    probes: Callable[[Sequence[Path]], Iterable[Probe | PictureError]] | None = None,
 ) -> Collection:
     """Everything about a folder, with its faults collected. A record stays in if only its caption
     is at fault, with the caption as it is. Raises DataError if there is no folder or no picture.
 
-    probe: looks at a picture, in any thread, in place of `pictures.probe`; for who wants more of
-    it than a record has.
+    probes: looks at all pictures, in their order, in place of `pictures.probe`; for who wants more
+    of them than a record has.
     """
     root = Path(data.path)
-    found, mask_files = masks.split(folder.listing(root))
-    gathered = sources.gather(root, found)
+    found, gathered = sources.gather(root)
     if not found.pictures and not gathered.drafts and not gathered.faults:
         raise DataError(sources.nothing(root, found))
     names = {name: None for draft in gathered.drafts for name in (draft.name, *draft.references)}
     faults, notes = list(gathered.faults), list(gathered.notes)
-    masked = {
-        draft.name: mask
-        for draft in gathered.drafts
-        if (mask := draft.mask or mask_files.get(folder.stem(draft.name)))
-    }
+    masked = {draft.name: draft.mask for draft in gathered.drafts if draft.mask}
     if data.mask != "files":
         text = "a mask, not used: data.mask is not 'files'"
         notes += [Note(name, text) for name in dict.fromkeys(masked.values())]
         masked = {}
     names |= dict.fromkeys(masked.values())
-    look = probe or (lambda path: pictures.probe(path, proven=proven))
-    probes = _probe_all(root, list(names), look, progress=progress)
-    for name, seen in probes.items():
+    look = probes or partial(_probe_all, proven=proven)
+    probed = _probed(root, list(names), look, progress=progress)
+    for name, seen in probed.items():
         if isinstance(seen, PictureError):
             faults.append(Fault(name, seen.reason, skippable=True))
         else:
@@ -174,7 +172,7 @@ def survey(
     records = [
         record
         for draft in gathered.drafts
-        if (record := _record(draft, probes=probes, masked=masked, data=data, faults=faults))
+        if (record := _record(draft, probes=probed, masked=masked, data=data, faults=faults))
     ]
     return Collection(
         Records(_table(records, root=root), root=root),
@@ -184,23 +182,33 @@ def survey(
     )
 
 
-def _probe_all(
-    root: Path, names: Sequence[str], probe: Callable[[Path], Probe], *, progress: bool
+def _probed(
+    root: Path,
+    names: Sequence[str],
+    look: Callable[[Sequence[Path]], Iterable[Probe | PictureError]],
+    *,
+    progress: bool,
 ) -> dict[str, Probe | PictureError]:
-    def look(name: str) -> Probe | PictureError:
-        try:
-            return probe(root / name)
-        except PictureError as error:
-            return error
-
+    # `_table` needs it: over a second of work, which the pictures leave a core for
+    Thread(target=import_module, args=("datasets",)).start()
     found = tqdm(
-        workers.ordered(look, names),
+        look([root / name for name in names]),
         total=len(names),
         desc="check pictures",
         delay=2,
         disable=not progress,
     )
     return dict(zip(names, found, strict=True))
+
+
+def _probe_all(paths: Sequence[Path], *, proven: Container[str]) -> Iterator[Probe | PictureError]:
+    def look(path: Path) -> Probe | PictureError:
+        try:
+            return pictures.probe(path, proven=proven)
+        except PictureError as error:
+            return error
+
+    return workers.ordered(look, paths)
 
 
 def _record(
@@ -296,7 +304,7 @@ def _fault_of_reference(probe: Probe | PictureError) -> str:
 
 
 def _table(records: Sequence[Record], *, root: Path) -> "datasets.Dataset":
-    from datasets import Dataset, Features, List, Value  # over a second: not before it is needed
+    from datasets import Dataset, Features, List, Value
 
     text, size = Value("string"), Value("int32")
     features = Features(

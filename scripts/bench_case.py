@@ -123,6 +123,7 @@ def of_options(options: argparse.Namespace) -> list[Case]:
         ("base", "quantize", options.quantize),
         ("base", "dtype", options.dtype),
         ("lora", "rank", options.rank),
+        ("lora", "compute", options.branch),
         ("optim", "name", options.optimizer),
         ("memory", "resident_blocks", options.resident),
         ("memory", "gradient_checkpointing", options.checkpointing),

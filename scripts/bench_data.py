@@ -1,7 +1,8 @@
 """The data tools: pictures a second of inspect beside a bare Pillow loop, and of what follows it.
 
 Each measurement has a process of its own, on as many cores as asked for. All files have been read
-once before, so that both sides find them in the operating system's memory.
+once before, so that both sides find them in the operating system's memory. Processor time and
+memory are those of the process and of all that it starts.
 """
 
 import io
@@ -9,11 +10,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import psutil
 
 from scripts import bench_pictures
 from scripts.bench_clock import peak_memory
@@ -22,14 +26,15 @@ from scripts.bench_report import ratios, spread
 RESOLUTION = 1024
 ENCODED_AT = 256
 """Pixels that the toy VAE encodes at: larger pictures measure nothing but its convolutions."""
-HEADER = ("data", "pictures", "seconds", "pictures/s", "peak MB")
+HEADER = ("data", "pictures", "seconds", "pictures/s", "core ms each", "peak MB")
 BARE, INSPECT, PAGE = "bare Pillow", "inspect", "inspect, with page and JSON"
 
 
 def measure(
     folder: Path, *, pictures: int, plans: int, encode: int, runs: int, cores: int
 ) -> dict[str, Any]:
-    """All phases. seconds: of `runs` turns where sides are compared; peak: the most of a process.
+    """All phases. seconds: of `runs` turns where sides are compared; cpu: seconds of all cores,
+    starts included, the least of the turns; peak: the most RAM.
 
     The quarter shows whether memory grows with the number of pictures.
     """
@@ -49,7 +54,7 @@ def measure(
         f"toy encoding at {ENCODED_AT} pixels": (encode, encode_some, (root, encode)),
         "plan, without decoding": (plans, plan, (rows,)),
     }
-    samples: dict[str, list[tuple[float, int]]] = {kind: [] for kind in jobs}
+    samples: dict[str, list[Cost]] = {kind: [] for kind in jobs}
     for turn in range(runs):
         for kind, (_, job, arguments) in jobs.items():
             if turn == 0 or kind in (BARE, INSPECT, PAGE):
@@ -57,8 +62,9 @@ def measure(
     phases = {
         kind: {
             "pictures": jobs[kind][0],
-            "seconds": spread([seconds for seconds, _ in turns]),
-            "peak": max(peak for _, peak in turns),
+            "seconds": spread([cost.seconds for cost in turns]),
+            "cpu": min(cost.cpu for cost in turns),
+            "peak": max(cost.peak for cost in turns),
         }
         for kind, turns in samples.items()
     }
@@ -67,19 +73,68 @@ def measure(
     return {"cores": cores, "phases": phases, "times as fast as bare Pillow": faster}
 
 
-def alone(job: Callable, *arguments: object, cores: int) -> tuple[float, int]:
-    """Seconds of a job and the peak memory of its process, which starts for it."""
+class Cost(NamedTuple):
+    """Of a job: seconds, seconds of all cores, bytes of RAM at most."""
+
+    seconds: float
+    cpu: float
+    peak: int
+
+
+def alone(job: Callable, *arguments: object, cores: int) -> Cost:
+    """What a job costs in a process that starts for it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run_alone, job, *arguments, cores=cores).result()
 
 
-def run_alone(job: Callable, *arguments: object, cores: int) -> tuple[float, int]:
+def run_alone(job: Callable, *arguments: object, cores: int) -> Cost:
     """In the process: from before the job's imports to its end."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    began = time.perf_counter()
-    seconds = job(*arguments)
-    return seconds or time.perf_counter() - began, peak_memory()
+    with Family() as family:
+        began = time.perf_counter()
+        seconds = job(*arguments)
+        return Cost(seconds or time.perf_counter() - began, *family.costs())
+
+
+class Family:
+    """This process and those that it starts, watched from a thread while the context lasts.
+
+    Of the others the last tenth of a second is missed.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.process_time()
+        self._cpu: dict[int, float] = {}
+        self._peak = 0
+        self._over = Event()
+        self._thread = Thread(target=self._watch)
+
+    def __enter__(self) -> "Family":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def costs(self) -> tuple[float, int]:
+        """Seconds of all cores and bytes of RAM so far."""
+        cpu = time.process_time() - self._began + sum(self._cpu.values())
+        return cpu, max(self._peak, peak_memory())
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(0.1):
+            others = me.children(recursive=True)
+            held = 0
+            for process in others:
+                with suppress(psutil.Error):  # it may end meanwhile
+                    times, memory = process.cpu_times(), process.memory_full_info()
+                    self._cpu[process.pid] = times.user + times.system
+                    held += memory.pss if psutil.LINUX else memory.uss  # what is shared, once
+            if others:
+                self._peak = max(self._peak, held + me.memory_info().rss)
 
 
 # ---- the jobs
@@ -170,8 +225,10 @@ def rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
     for kind, phase in results["phases"].items():
         seconds = phase["seconds"]["median"]
         rate = phase["pictures"] / seconds
+        each = f"{1000 * phase['cpu'] / phase['pictures']:.2f}"
         size = f"{phase['peak'] / 1e6:.0f}"
-        lines.append((kind, f"{phase['pictures']:,}", f"{seconds:.1f}", f"{rate:,.0f}", size))
+        count = f"{phase['pictures']:,}"
+        lines.append((kind, count, f"{seconds:.1f}", f"{rate:,.0f}", each, size))
     for side, ratio in results["times as fast as bare Pillow"].items():
-        lines.append((f"{side} / {BARE}", "", "", f"{ratio['median']:.2f}x", ""))
+        lines.append((f"{side} / {BARE}", "", "", f"{ratio['median']:.2f}x", "", ""))
     return lines

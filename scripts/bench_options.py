@@ -36,6 +36,7 @@ def add(train: argparse.ArgumentParser) -> None:
     real.add_argument("--compile", action="store_true", default=None)
     real.add_argument("--attention", choices=["auto", "native", "cudnn", "flash", "flash3"])
     real.add_argument("--fp8-matmul", action="store_true", default=None)
+    real.add_argument("--branch", choices=["base", "fp32"], help="lora.compute; default base")
     real.add_argument("--limit-gb", type=float, help="GPU memory for all of it, in 10^9 bytes")
     real.add_argument("--peer", choices=["diffusers"], help="and diffusers' plain recipe")
 

@@ -1,4 +1,4 @@
-"""What a packed base costs in accuracy: each kind's loss and LoRA gradients against fp32.
+"""What packed bases and the branch's type cost in accuracy: loss and LoRA gradients against fp32.
 
 `python -m scripts.bench_precision [--json FILE]`. Two bases: the toy, which draws, on its own
 pictures, and a wider random one with weights as uneven as trained ones. bitsandbytes' own Linears
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import torch
@@ -52,6 +52,8 @@ class Mode:
     replace: Replace | None
     """A Linear to what takes its place; None leaves it."""
     fp8_matmul: bool = False
+    compute: Literal["base", "fp32"] = "base"
+    """`lora.compute`; bitsandbytes' own Linears have peft's branch, in fp32, whatever it says."""
 
 
 def linear4bit(linear: nn.Linear, *, double: bool) -> nn.Module:
@@ -87,11 +89,14 @@ def linear8bit(linear: nn.Linear) -> nn.Module:
 
 MODES = {
     "as it is": Mode(None),
+    "as it is, branch in fp32": Mode(None, compute="fp32"),
     "fp8": Mode(partial(FrozenLinear.like, kind="fp8")),
+    "fp8, branch in fp32": Mode(partial(FrozenLinear.like, kind="fp8"), compute="fp32"),
     "fp8, products in fp8": Mode(partial(FrozenLinear.like, kind="fp8"), fp8_matmul=True),
     "int8": Mode(partial(FrozenLinear.like, kind="int8")),
     "bitsandbytes Linear8bitLt": Mode(linear8bit),
     "nf4": Mode(partial(FrozenLinear.like, kind="nf4")),
+    "nf4, branch in fp32": Mode(partial(FrozenLinear.like, kind="nf4"), compute="fp32"),
     "bitsandbytes Linear4bit": Mode(partial(linear4bit, double=False)),
     "bitsandbytes Linear4bit, double": Mode(partial(linear4bit, double=True)),
 }
@@ -141,8 +146,8 @@ def compare(case: Case) -> dict[str, dict[str, Any]]:
     for name, mode in MODES.items():
         results[name] = {}
         for key, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            if mode.replace is None and dtype == torch.float32:
-                continue
+            if dtype == torch.float32 and (mode.replace is None or mode.compute == "fp32"):
+                continue  # the truth itself, or the row above
             found = measure(case, mode, dtype=dtype)
             results[name][key] = errors(found, truth)
         print(f"{name}: done", file=sys.stderr, flush=True)
@@ -158,7 +163,7 @@ def measure(case: Case, mode: Mode, *, dtype: torch.dtype) -> list[tuple[float, 
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             model.set_submodule(name, mode.replace(linear))
-    lora.attach(model, LoraConfig(rank=RANK), seed=0)
+    lora.attach(model, LoraConfig(rank=RANK, compute=mode.compute), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:

@@ -248,13 +248,14 @@ def name_of(case: dict[str, Any]) -> str:
     parts = [case["shape"], str(case["size"])]
     parts += [f"x{case['batch']}"] if case["batch"] > 1 else []
     base, memory = case["sections"].get("base", {}), case["sections"].get("memory", {})
-    speed = case["sections"].get("speed", {})
+    speed, adapter = (case["sections"].get(key, {}) for key in ("speed", "lora"))
     kind = base.get("quantize", "none")
     parts.append(base.get("dtype", "bf16") if kind == "none" else kind)
     for key, word in (("gradient_checkpointing", "ckpt"), ("resident_blocks", "resident")):
         parts += [f"{word} {memory[key]}"] if key in memory else []
     parts += ["offload"] if memory.get("offload_activations") else []
     parts += [word for word in ("compile", "fp8_matmul") if speed.get(word)]
+    parts += ["fp32 branch"] if adapter.get("compute") == "fp32" else []
     parts += [speed["attention"]] if speed.get("attention", "auto") != "auto" else []
     parts += [f"<= {case['limit_gb']:g} GB"] if case["limit_gb"] else []
     return " ".join(parts)

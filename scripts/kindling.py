@@ -57,6 +57,9 @@ COMMANDS = {
     "publish": Command(
         "train.publishing.command", "model card, metadata and pictures as a folder; its upload"
     ),
+    "generate": Command(
+        "train.generate.command", "draw pictures with a base and adapters at strengths"
+    ),
     "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
     "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),

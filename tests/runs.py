@@ -14,6 +14,7 @@ from PIL import Image
 
 from train import checkpoint
 from train.config import Config
+from train.lora import Adapter, AnyAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,12 +78,18 @@ def run_folder(config: Config) -> Path:
 
 def adapter_change(folder: Path, other: Path) -> float:
     """Largest difference between the weights of two runs' last checkpoints."""
-    ours, theirs = (checkpoint.load(last_checkpoint(path)).adapter for path in (folder, other))
+    ours, theirs = (low_rank(checkpoint.load(last_checkpoint(p)).adapter) for p in (folder, other))
     return max(
         (one[name] - two[name]).abs().max().item()
         for one, two in ((ours.down, theirs.down), (ours.up, theirs.up))
         for name in one
     )
+
+
+def low_rank(adapter: AnyAdapter | None) -> Adapter:
+    """An adapter that must be LoRA or DoRA."""
+    assert isinstance(adapter, Adapter)
+    return adapter
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -119,8 +126,16 @@ ENGINES = {
     "one": ("--cpu", "--num_processes", "1"),
     "ddp": ("--multi_gpu", "--num_processes", "2"),
     "fsdp2": ("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"),
+    "zero3": (
+        *("--use_deepspeed", "--zero_stage", "3", "--zero3_init_flag", "false"),
+        *("--num_processes", "2"),
+    ),
 }
 """Arguments of accelerate's launcher; with ACCELERATE_USE_CPU they mean CPUs."""
+
+
+SCRIPTS = {"zero3": ROOT / "tests" / "train_without_shm.py"}
+"""What is launched in place of train.py."""
 
 
 def start(config: Path, *arguments: str, engine: str = "one") -> subprocess.Popen[str]:
@@ -128,7 +143,7 @@ def start(config: Path, *arguments: str, engine: str = "one") -> subprocess.Pope
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *ENGINES[engine]]
     command += ["--num_machines", "1", "--main_process_port", "0"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "train.py"), "--config", str(config), *arguments]
+    command += [str(SCRIPTS.get(engine, ROOT / "train.py")), "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,

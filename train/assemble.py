@@ -4,19 +4,23 @@ Owns the order of these, for a run and for the benchmarks alike. What each of th
 module's. The base comes loaded, and quantised where the config says so.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train import lora, parallel, randomness, speed
+from train import lora, objective, parallel, randomness, speed
+from train.batch import Batch
 from train.config import Config, MemoryConfig
 from train.errors import ConfigError
 from train.loading import frozen
 from train.loading.transformer import Place
-from train.lora import Adapter
+from train.lora import AnyAdapter, eva
 from train.memory import offload, recompute
+from train.parallel import Sharding
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel
@@ -62,7 +66,7 @@ class Assembled:
 
     targets: list[str]
     """Modules that the adapter is on."""
-    start: Adapter | None
+    start: AnyAdapter | None
     """What is taken off the adapter: see `lora.with_start`."""
     undo: ExitStack
     """Closing it leaves the base with its adapter and nothing else; do so before unloading that."""
@@ -75,31 +79,30 @@ def assemble(
     memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
-    sharded: bool = False,
-    start: Adapter | None = None,
+    sharding: Sharding = "none",
+    start: AnyAdapter | None = None,
+    first: Iterable[Batch] = (),
 ) -> Assembled:
     """Attach a fresh adapter, then place, recompute and speed up as the config says.
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. sharded: over all processes, with FSDP2. start: a resumed
-    run's, see `lora.attach`.
+    dtype: what the blocks compute in. sharding: of the base over all processes. start: a resumed
+    run's, see `lora.attach`. first: batches that EVA starts from, the same in all processes; none
+    where the weights come from a checkpoint.
     Raises UserError where the machine can't do what is asked.
     """
     seed = randomness.derived_seed(config.seed, "lora")
     targets = lora.attach(transformer, config.lora, seed=seed, start=start)
-    if config.lora.init == "pissa":  # GPUs of different kinds round an SVD differently
+    if config.lora.init == "pissa" or config.lora.kind == "dora":  # GPUs round differently
         parts = [*lora.trainable(transformer), *lora.start_parameters(transformer)]
         parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
-    if sharded:
-        if memory.streamed:
-            raise ConfigError(
-                "memory.resident_blocks: a base that FSDP2 shards can't be streamed, too. Write "
-                "all, or launch without FSDP."
-            )
-        parallel.shard(transformer, trainable=lora.trainable(transformer), device=device)
+    if sharding != "none":
+        _check_sharded(sharding, memory, config)
+        trainable = lora.trainable(transformer)
+        parallel.shard(transformer, sharding, trainable=trainable, device=device)
     elif memory.streamed:
         offload.attach(transformer, resident=memory.resident, device=device)
     if memory.recomputed:
@@ -108,7 +111,49 @@ def assemble(
             transformer, memory.recomputed, offload_activations=offloads, device=device
         )
         undo.callback(transformer.disable_gradient_checkpointing)
+    if config.lora.init == "eva":
+        _start_from_batches(transformer, config, targets, first, device=device, dtype=dtype)
     if config.speed.fp8_matmul:
         frozen.use_fp8_matmul(transformer, device)
     undo.push(speed.apply(transformer, config.speed, device=device, dtype=dtype))
     return Assembled(targets, start, undo)
+
+
+def _check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
+    """Raises ConfigError for settings that a sharded base can't have."""
+    if memory.streamed:
+        raise ConfigError(
+            "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
+            "all, or launch without FSDP or DeepSpeed."
+        )
+    if config.lora.kind != "lora" and sharding == "zero3":
+        raise ConfigError(
+            f"lora.kind: DeepSpeed knows whole weights inside their Linears only, and none but "
+            f"LoRA's, so not {config.lora.kind}. Launch with configs/accelerate/fsdp2.yaml."
+        )
+    if config.speed.compile and sharding == "zero3":
+        raise ConfigError(
+            "speed.compile: DeepSpeed gathers each Linear by itself, inside of what would be "
+            "compiled. Write false, or launch with configs/accelerate/fsdp2.yaml."
+        )
+
+
+def _start_from_batches(
+    transformer: Any,
+    config: Config,
+    targets: list[str],
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """EVA's start, before anything is compiled; nothing for no batches."""
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
+    guidance = config.flow.guidance if transformer.config.guidance_embeds else None
+    with eva.listening(transformer, targets, rank=config.lora.rank):
+        for batch in chain([first], batches):
+            objective.predict(transformer, batch.to(device), dtype=dtype, guidance=guidance)
+    parallel.agree(lora.trainable(transformer), device=device)

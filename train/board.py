@@ -45,6 +45,50 @@ def board(
     return sheet
 
 
+def contact_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, title: str, columns: int = 4
+) -> Image.Image:
+    """Pictures row by row, each with its caption below it, cut to two lines."""
+    heading, body = ImageFont.load_default(22), ImageFont.load_default(13)
+    cells = [_cell(picture) for picture in pictures]
+    columns = min(columns, len(cells))
+    top, line = MARGIN + 40, 17
+    height = max(cell.height for cell in cells) + 2 * line + GAP
+    rows = -(-len(cells) // columns)
+    width = max(columns * (CELL + GAP) - GAP, round(heading.getlength(title)))
+    size = (width + 2 * MARGIN, top + rows * height + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, INK, heading)
+    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+        x, y = MARGIN + number % columns * (CELL + GAP), top + number // columns * height
+        sheet.paste(cell, (x, y))
+        for row, text in enumerate(_two_lines(caption, body)):
+            pen.text((x, y + cell.height + 4 + row * line), text, INK, body)
+    return sheet
+
+
+def _two_lines(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """As much of a text as two lines below a cell hold, broken between words where there are any;
+    what is left out is an ellipsis.
+    """
+    lines = []
+    while text and len(lines) < 2:
+        fits = len(text)
+        while font.getlength(text[:fits]) > CELL:
+            fits -= 1
+        space = text.rfind(" ", 1, fits + 1)
+        end = space if fits < len(text) and space > 0 else fits
+        lines.append(text[:end])
+        text = text[end:].lstrip()
+    if text:
+        last = lines[-1]
+        while font.getlength(f"{last}…") > CELL:
+            last = last[:-1]
+        lines[-1] = f"{last}…"
+    return lines
+
+
 def _cell(picture: Image.Image) -> Image.Image:
     scale = CELL / max(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))

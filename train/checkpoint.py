@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from train.errors import CheckpointError
 from train.files import writing
-from train.lora import Adapter, with_start
+from train.lora.adapter import Adapter, AnyAdapter, of_parts, with_start
 
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
@@ -56,21 +56,25 @@ class Checkpoint:
     """A checkpoint in memory."""
 
     progress: Progress
-    adapter: Adapter
+    adapter: AnyAdapter
     optimizer: dict[str, Any]
     """The optimizer's state_dict."""
-    average: Adapter | None = None
+    average: AnyAdapter | None = None
     """The averaged weights, where the run keeps some."""
-    start: Adapter | None = None
-    """What is taken off all weights: see `lora.with_start`."""
+    start: AnyAdapter | None = None
+    """What is taken off all weights: see `lora.with_start`. Only LoRA has one."""
 
-    def shown(self, weights: str) -> Adapter:
+    def shown(self, weights: str) -> AnyAdapter:
         """The update to the base as users see it.
 
         weights: "average" for that where there is one, "last" for the last weights.
         """
         chosen = self.average if weights == "average" and self.average else self.adapter
-        return with_start(chosen, self.start) if self.start else chosen
+        if self.start is None:
+            return chosen
+        assert isinstance(chosen, Adapter)
+        assert isinstance(self.start, Adapter)
+        return with_start(chosen, self.start)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
@@ -162,19 +166,20 @@ def load(path: Path) -> Checkpoint:
     )
 
 
-def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    tensors = {f"{name}.lora_A.weight": weight for name, weight in adapter.down.items()}
-    return tensors | {f"{name}.lora_B.weight": weight for name, weight in adapter.up.items()}
+def _tensors(adapter: AnyAdapter) -> dict[str, torch.Tensor]:
+    return {
+        f"{module}.{part}.weight": tensor
+        for part, tensors in adapter.parts.items()
+        for module, tensor in tensors.items()
+    }
 
 
-def _adapter(path: Path, *, rank: int, alpha: float) -> Adapter:
-    tensors = load_file(path)
-
-    def weights(kind: str) -> dict[str, torch.Tensor]:
-        end = f".{kind}.weight"
-        return {n.removesuffix(end): tensor for n, tensor in tensors.items() if n.endswith(end)}
-
-    return Adapter(weights("lora_A"), weights("lora_B"), rank, alpha)
+def _adapter(path: Path, *, rank: int, alpha: float) -> AnyAdapter:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        module, part, _ = name.rsplit(".", 2)
+        parts.setdefault(part, {})[module] = tensor
+    return of_parts(parts, rank=rank, alpha=alpha)
 
 
 def _verified(path: Path) -> dict[str, Any]:

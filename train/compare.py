@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,7 +24,7 @@ from train.cache import DIGESTS, Cache, FileDigests
 from train.config import Config, reading
 from train.encode import Keys
 from train.errors import CheckpointError, ConfigError
-from train.loading.base import Base, resolve
+from train.loading.base import resolve
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,11 @@ class Column:
     label: str
     file: Path | None
     strength: float = 1.0
+
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """As `sample.put_on` takes them."""
+        return [] if self.file is None else [(self.file, self.strength)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def draw_all(
     empty = texts.get(cache, keys.prompt(""))
     drawn = []
     for column in tqdm(columns, desc="draw", unit="column", delay=2):
-        _load(base, transformer, column)
+        sample.put_on(base, transformer, column.adapters)
         drawn.append(
             sample.draw(
                 base,
@@ -125,20 +129,6 @@ def draw_all(
             )
         )
     return [list(row) for row in zip(*drawn, strict=True)]
-
-
-def _load(base: Base, transformer: Any, column: Column) -> None:
-    """Give the transformer the column's adapter and no other."""
-    transformer.unload_lora()
-    if column.file is not None:
-        pipeline: Any = base.pipeline(transformer=transformer)
-        pipeline.load_lora_weights(
-            str(column.file.parent),
-            weight_name=column.file.name,
-            adapter_name="compared",
-            use_safetensors=True,
-        )
-        transformer.set_adapters("compared", column.strength)
 
 
 def _columns(

@@ -108,6 +108,14 @@ class Loader:
         showings = (showing for position in range(count) for showing in order[position])
         return [self.sigma(showing).item() for showing in islice(showings, count)]
 
+    def first_batches(self, order: Mixture, *, pictures: int) -> Iterator[Batch]:
+        """Batches of an order from its start, until they have so many pictures."""
+        position = 0
+        while pictures > 0:
+            showings = order[position]
+            yield self(showings)
+            position, pictures = position + 1, pictures - len(showings)
+
     def _row(self, showing: Showing) -> "Row":
         example = self.examples[showing.example]
         key = (self.seed, showing.epoch, showing.example, showing.repeat)

@@ -38,17 +38,19 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's fp32 parameters.
 
-    up: those of them that lora_plus gives another rate; they become the second group.
+    up: those of them that lora_plus gives another rate; they become the last group. Vectors, which
+    are DoRA's magnitudes, have a group without decay: that would draw weights to zero, not updates.
     Raises MachineError if its package isn't installed.
     """
     require(optim)
+    chosen = {id(parameter) for parameter in up} if optim.lora_plus is not None else set()
     parameters = list(parameters)
-    if optim.lora_plus is None:
-        groups = [{"params": parameters}]
-    else:
-        chosen = {id(parameter) for parameter in up}
-        down = [p for p in parameters if id(p) not in chosen]
-        groups = [{"params": down}, {"params": [p for p in parameters if id(p) in chosen]}]
+    matrices = [p for p in parameters if p.ndim > 1 and id(p) not in chosen]
+    groups: list[dict[str, Any]] = [{"params": matrices}]
+    if vectors := [p for p in parameters if p.ndim == 1]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    if optim.lora_plus is not None:
+        groups.append({"params": [p for p in parameters if id(p) in chosen]})
         assert all(group["params"] for group in groups), "LoRA+ needs both halves"
     optimizer = _construct(optim, groups)
     set_rate(optimizer, optim.lr, lora_plus=optim.lora_plus)
@@ -108,9 +110,10 @@ def set_rate(
     optimizer: torch.optim.Optimizer, lr: float, *, lora_plus: float | None = None
 ) -> None:
     """Let the next step use this learning rate: no scheduler object, so nothing to save."""
-    factors = (1.0,) if lora_plus is None else (1.0, lora_plus)
-    for group, factor in zip(optimizer.param_groups, factors, strict=True):
-        group["lr"] = lr * factor
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if lora_plus is not None:
+        optimizer.param_groups[-1]["lr"] = lr * lora_plus
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

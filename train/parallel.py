@@ -4,24 +4,30 @@ The adapter is small and whole everywhere, so all that processes exchange of it 
 gradients a step; torch's DDP would send the frozen base at its start, too. The base may be sharded
 by torch's FSDP2: each process keeps a part of every block and gathers the rest while the block is
 in use. Frozen weights have no gradients, so that is all FSDP2 does here, for any type of weights.
-What is launched where is accelerate's.
+DeepSpeed does the same by `zero3`. What is launched where is accelerate's.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from train import zero3
 from train.errors import ConfigError
 
 ENGINES = (
     *(DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
-    DistributedType.FSDP,
+    *(DistributedType.FSDP, DistributedType.DEEPSPEED),
 )
+
+Sharding = Literal["none", "fsdp2", "zero3"]
+"""What keeps the base in parts, if anything does."""
 
 
 def accelerator() -> Accelerator:
@@ -29,6 +35,8 @@ def accelerator() -> Accelerator:
 
     Raises ConfigError for settings that would change training, and for engines without a use here.
     """
+    if zero3.is_launched():
+        zero3.check()
     found = Accelerator(mixed_precision="no")  # base.dtype decides, not a launcher's default
     if found.gradient_accumulation_steps != 1:
         raise ConfigError(
@@ -38,11 +46,10 @@ def accelerator() -> Accelerator:
     if found.distributed_type not in ENGINES:
         raise ConfigError(
             f"accelerate is configured for {found.distributed_type.value}; Kindling trains on one "
-            "device, with plain data parallelism or with FSDP2. configs/accelerate/ has a file for "
-            "each: accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
+            "device, with plain data parallelism, FSDP2 or DeepSpeed. There is a file for each: "
+            "accelerate launch --config_file configs/accelerate/ddp.yaml train.py ..."
         )
-    plugin = found.state.fsdp_plugin if is_sharded(found) else None
-    if plugin is not None and plugin.fsdp_version != 2:
+    if sharding() == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "accelerate is configured for FSDP version 1; Kindling needs version 2: "
             "accelerate launch --config_file configs/accelerate/fsdp2.yaml train.py ..."
@@ -50,18 +57,37 @@ def accelerator() -> Accelerator:
     return found
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
+def sharding() -> Sharding:
+    """By which engine each process holds only a part of the base, if so.
+
+    What accelerate's launcher has set: accelerate itself forgets both engines on CPUs.
+    """
+    if zero3.is_launched():
+        return "zero3"
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "none"
+
+
+def is_sharded() -> bool:
     """Whether each process holds only a part of the base."""
-    return accelerator.distributed_type == DistributedType.FSDP
+    return sharding() != "none"
 
 
-def shard(transformer: Any, *, trainable: Sequence[nn.Parameter], device: torch.device) -> None:
+def shard(
+    transformer: Any,
+    engine: Sharding,
+    *,
+    trainable: Sequence[nn.Parameter],
+    device: torch.device,
+) -> None:
     """Keep a part of each frozen weight on each process; `trainable` ones stay whole, on `device`.
 
     The model may lie in RAM: a block goes to the device by itself before it is cut. Outputs and
     gradients stay what they were, to the bit. From here on all processes must call the model
     together, previews included.
     """
+    if engine == "zero3":
+        zero3.shard(transformer, device)
+        return
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = set(trainable)
     for parameter in trainable:
@@ -70,6 +96,18 @@ def shard(transformer: Any, *, trainable: Sequence[nn.Parameter], device: torch.
     for module in [*blocks, transformer]:
         own = {parameter for parameter in module.parameters() if parameter in whole}
         fully_shard(module, mesh=mesh, ignored_params=own)
+
+
+def describe(transformer: nn.Module, engine: Sharding) -> str:
+    """How much of the base is here, for the console."""
+    frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    own, whole = sum(own_part(p).nbytes for p in frozen), sum(zero3.whole_size(p) for p in frozen)
+    return f"base in parts ({engine}): {own / 1e9:.3g} of {whole / 1e9:.3g} GB on each process"
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a weight; all of it, if it isn't sharded."""
+    return weight.to_local() if isinstance(weight, DTensor) else zero3.own_part(weight)
 
 
 @torch.no_grad()

@@ -9,7 +9,10 @@ import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from data_tools.records import Collection, Record
 from train import checkpoint
@@ -68,7 +71,8 @@ def find(
         nothing = f"{folder}: nothing to resume; starting from the beginning"
         return None, [*said, nothing] if resume else said
     saved = checkpoint.load(newest)
-    changed = changed_settings(saved.progress.config, config.model_dump(mode="json"))
+    before = completed(saved.progress.config)
+    changed = changed_settings(before, config.model_dump(mode="json"))
     if saved.progress.world != world:
         changed["processes"] = f"{saved.progress.world} -> {world}"
     said += _judge(
@@ -106,14 +110,49 @@ def _judge(title: str, changes: dict[str, bool], *, accept: bool) -> list[str]:
     return [bullet_list("accepted changes:", list(changes))] if changes else []
 
 
+def completed(before: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the defaults of settings that are newer than it."""
+    try:
+        return Config.model_validate(before).model_dump(mode="json")
+    except ValidationError:  # what has been renamed or is forbidden since is shown as it is
+        return before
+
+
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """Key -> "old -> new" for each setting that differs and isn't free to change."""
-    old, new = _flat(before), _flat(after)
+    """Key -> "old -> new" for each setting that differs and isn't free to change.
+
+    A setting that is newer than the run was at its default; one that is no more is named.
+    """
+    old, new = _flat(_with_defaults(before, Config)), _flat(after)
     return {
-        key: f"{old.get(key)} -> {new.get(key)}"
+        key: f"{old.get(key, 'not there')} -> {new.get(key, 'not there')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not _matches(key, FREE_TO_CHANGE)
     }
+
+
+def _with_defaults(saved: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """A saved section, and what it lacks as it is by default."""
+    whole = dict(saved)
+    for name, field in section.model_fields.items():
+        if name not in saved:
+            if not field.is_required():
+                whole[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+        elif inner := _section_in(field.annotation):
+            some = saved[name]
+            whole[name] = (
+                [_with_defaults(one, inner) for one in some]
+                if isinstance(some, list)
+                else some and _with_defaults(some, inner)
+            )
+    return whole
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, or is a list of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section_in(one))), None)
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

@@ -22,6 +22,7 @@ from train.data import Loader
 from train.errors import Stopped, bullet_list
 from train.files import writing
 from train.loading.base import Base, resolve
+from train.lora import eva
 from train.order import Mixture, Order
 from train.planning import automatic
 from train.prepare import Prepared, PreparedSet, prepare
@@ -98,13 +99,16 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             "The same command with --resume goes on."
         )
         raise Stopped(message if accelerator.is_main_process else "", signal=cause)
-    if accelerator.is_main_process or parallel.is_sharded(accelerator):
+    if accelerator.is_main_process or parallel.is_sharded():
         transformer.unload_lora()
         with _place_of_export(folder, main=accelerator.is_main_process) as place:
-            path = Path(place) / f"{config.name}.safetensors"
             chosen = export_run.choose(folder, config.export)
-            certificate = export_run.publish(config, base, transformer, chosen, path=path)
-            say(export_run.summary(certificate, path))
+            for layout in export_run.formats_of(config):
+                path = export_run.place(Path(place) / f"{config.name}.safetensors", layout)
+                certificate = export_run.publish(
+                    config, base, transformer, chosen, path=path, layout=layout
+                )
+                say(export_run.summary(certificate, path))
     accelerator.end_training()
 
 
@@ -197,7 +201,8 @@ def _build(
     to a transformer that has an adapter and nothing else."""
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
-    sharded = parallel.is_sharded(accelerator)
+    sharding = parallel.sharding()
+    sharded = sharding != "none"
     memory, said = automatic.settle(
         config,
         shape=shape,
@@ -210,15 +215,27 @@ def _build(
     with accelerator.main_process_first():  # it makes the quantised copy, the others read that
         place = memory.place(torch.device("cpu") if sharded else device)
         transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
+    cache, keys = prepared.cache, prepared.keys
+    order = _order(config, prepared)
+    loader = Loader(
+        prepared.examples,
+        empty_text=keys.prompt(""),
+        cache=cache,
+        flow=config.flow,
+        seed=config.seed,
+    )
     assembled = assemble.assemble(
         transformer,
         config,
         memory=memory,
         device=device,
         dtype=base.dtype,
-        sharded=sharded,
+        sharding=sharding,
         start=saved.start if saved else None,
+        first=() if saved else loader.first_batches(order, pictures=eva.PICTURES),
     )
+    if sharded:
+        accelerator.print(parallel.describe(transformer, sharding))
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0
     tracker = Tracker(
@@ -230,15 +247,6 @@ def _build(
         steps=config.train.steps,
         every=config.train.log_every,
         main=accelerator.is_main_process,
-    )
-    cache, keys = prepared.cache, prepared.keys
-    order = _order(config, prepared)
-    loader = Loader(
-        prepared.examples,
-        empty_text=keys.prompt(""),
-        cache=cache,
-        flow=config.flow,
-        seed=config.seed,
     )
     validator = prepared.trial and Validator(
         prepared.trial,

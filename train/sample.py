@@ -4,7 +4,8 @@ The prompts come from the cache, so no text encoder is needed beside the transfo
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,6 @@ def _reference_size(path: Path) -> tuple[int, int]:
     return probe.width, probe.height
 
 
-@torch.no_grad()
 def draw(
     base: Base,
     transformer: Any,
@@ -89,9 +89,24 @@ def draw(
     steps: int,
     guidance: float,
 ) -> list[Image.Image]:
+    """All the pictures of `draw_each`."""
+    settings = {"empty_text": empty_text, "steps": steps, "guidance": guidance}
+    return list(draw_each(base, transformer, requests, **settings))
+
+
+@torch.no_grad()
+def draw_each(
+    base: Base,
+    transformer: Any,
+    requests: Sequence[Request],
+    *,
+    empty_text: Tensor | None,
+    steps: int,
+    guidance: float,
+) -> Iterator[Image.Image]:
     """Make the pictures one by one; the noise of each depends on its seed and size alone.
 
-    empty_text: embedding of the empty prompt, which klein's true guidance needs.
+    empty_text: embedding of the empty prompt, which true guidance needs.
     """
     device = transformer.device
     training = transformer.training
@@ -103,22 +118,44 @@ def draw(
     )
     pipeline.set_progress_bar_config(disable=True)
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    if base.family.true_cfg:
+    if needs_empty_text(base, guidance):
         assert empty_text is not None
         settings["negative_prompt_embeds"] = empty_text[None].to(device, base.dtype)
-    drawn = [
-        pipeline(  # pyright: ignore[reportCallIssue]
-            prompt_embeds=request.text[None].to(device, base.dtype),
-            image=[pictures.load_rgb(path) for path in request.references] or None,
-            width=request.width,
-            height=request.height,
-            generator=torch.Generator().manual_seed(request.seed),
-            **settings,
-        ).images[0]
-        for request in requests
-    ]
-    transformer.train(training)
-    return drawn
+    try:
+        for request in requests:
+            yield pipeline(  # pyright: ignore[reportCallIssue]
+                image=[pictures.load_rgb(path) for path in request.references] or None,
+                prompt_embeds=request.text[None].to(device, base.dtype),
+                width=request.width,
+                height=request.height,
+                generator=torch.Generator().manual_seed(request.seed),
+                **settings,
+            ).images[0]
+    finally:
+        transformer.train(training)
+
+
+def needs_empty_text(base: Base, guidance: float) -> bool:
+    """Whether pictures are guided away from the empty prompt's: on klein's base checkpoints."""
+    return base.family.true_cfg and not base.distilled and guidance > 1
+
+
+def put_on(base: Base, transformer: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Give a transformer these adapter files at these strengths and no others, by diffusers' own
+    loader.
+    """
+    transformer.unload_lora()
+    pipeline: Any = base.pipeline(transformer=transformer)
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters")  # lists all modules
+        for name, (path, _) in zip(names, adapters, strict=True):
+            pipeline.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
+            )
+    if names:
+        transformer.set_adapters(names, [strength for _, strength in adapters])
 
 
 def save_all(

@@ -46,10 +46,23 @@ def apply(
     dtype: what the blocks compute in. Raises MachineError for kernels that this machine lacks.
     """
     undo = ExitStack()
+    sum_exactly(undo=undo)
     set_attention(transformer, choose(speed.attention, device=device, dtype=dtype), undo=undo)
     if speed.compile:
         compile_blocks(transformer, undo=undo)
     return undo
+
+
+def sum_exactly(*, undo: ExitStack) -> None:
+    """Let products in bf16 whose sum is split over a GPU add up the parts in fp32.
+
+    The adapter's gradients are such: sums over all tokens into few numbers. torch's default adds
+    the parts in bf16, which rounds once a part. The wide products aren't split, so they don't care.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    undo.callback(setattr, products, "allow_bf16_reduced_precision_reduction", before)
+    products.allow_bf16_reduced_precision_reduction = False
 
 
 # ---- attention

@@ -25,7 +25,7 @@ from train.data import Loader, Portion, portions
 from train.errors import TrainingError
 from train.interrupt import Wish
 from train.loading.base import Base
-from train.lora import Adapter
+from train.lora import AnyAdapter
 from train.order import Mixture, Showing
 from train.track import Tracker
 from train.validation.validate import Model
@@ -72,7 +72,7 @@ class Trainer:
         folder: Path,
         origin: Origin,
         watch: Watch | None = None,
-        start: Adapter | None = None,
+        start: AnyAdapter | None = None,
     ) -> None:
         self._config = config
         self._accelerator = accelerator
@@ -184,7 +184,7 @@ class Trainer:
         """Draw the preview prompts: on the main process, or together where the base is sharded."""
         self._settle()
         main = self._accelerator.is_main_process
-        if self._previews.requests and (main or parallel.is_sharded(self._accelerator)):
+        if self._previews.requests and (main or parallel.is_sharded()):
             with self._shown():
                 pictures = sample.draw(
                     self._base,

@@ -58,8 +58,7 @@ class Outcome:
 
 def survey(root: Path, *, replace: bool, add_unlisted: bool, needs_references: bool) -> Todo:
     """Sort a folder. Raises DataError if it has no pictures or a metadata.jsonl with faults."""
-    found = folder.listing(root)
-    gathered = sources.gather(root, found)
+    found, gathered = sources.gather(root)
     for table in found.tables:
         if table != folder.METADATA:
             raise DataError(
@@ -70,7 +69,7 @@ def survey(root: Path, *, replace: bool, add_unlisted: bool, needs_references: b
         lines = [f"{fault.path}: {fault.reason}" for fault in gathered.faults]
         raise DataError(bullet_list(f"{root}: mend these first:", lines))
     drafts = list(gathered.drafts)
-    used = {name for draft in drafts for name in (draft.name, *draft.references)}
+    used = {name for d in drafts for name in (d.name, d.mask, *d.references)}
     unlisted = [name for name in found.pictures if name not in used] if found.tables else []
     if add_unlisted:
         drafts += [Draft(name, "", name) for name in unlisted]

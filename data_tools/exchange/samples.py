@@ -42,8 +42,7 @@ def of_folder(root: Path) -> list[Draft]:
 
     A missing caption is no fault: what a container holds is up to who fills it.
     """
-    found = folder.listing(root)
-    gathered = sources.gather(root, found)
+    found, gathered = sources.gather(root)
     if gathered.faults:
         lines = [f"{fault.path}: {fault.reason}" for fault in gathered.faults]
         raise DataError(bullet_list(f"{root}: these must be mended first:", lines))

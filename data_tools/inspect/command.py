@@ -1,7 +1,7 @@
 """`kindling inspect`: what training would make of a folder of pictures, before it starts.
 
 Owns the command and the report's words for a console. What there is to say is `report`'s, the page
-`page`'s, the measures `examine`'s. Each file is read and decoded once, for all of these.
+`page`'s; how the pictures are looked at is `looks`'.
 """
 
 import argparse
@@ -9,18 +9,20 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from pydantic import ValidationError
 
-from data_tools import captions, examine, pictures, records
-from data_tools.examine import Measures
+from data_tools import captions, folder, records
+from data_tools.drafts import Fault
 from data_tools.inspect import page, tokens
+from data_tools.inspect.looks import Looks, of_masks
 from data_tools.inspect.page import Thumbnails
 from data_tools.inspect.report import MARKS, Report, Schedule, Tokens, build, facts
-from data_tools.pictures import Probe
+from data_tools.pictures import PictureError
+from data_tools.records import Collection
 from train.config import BaseConfig, DataConfig
 from train.errors import ConfigError, UserError, bullet_list
 
@@ -41,25 +43,58 @@ class Settings:
     """Whose tokenizer counts; without a config there is none."""
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The files to write, None for those that aren't wanted."""
+
+    html: Path | None
+    json: Path | None
+
+    def numbered(self, number: int) -> "Outputs":
+        """Of the data set of that number, from 1: `x.html`, then `x-2.html`."""
+        paths = (self.html, self.json)
+        if number > 1:
+            paths = (p and p.with_name(f"{p.stem}-{number}{p.suffix}") for p in paths)
+        return Outputs(*paths)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Report on a folder of pictures; exit status 0 if training could start with it, 2 if not."""
+    """Report on a folder of pictures, or on all data sets of a config, each with files of its own
+    (x.html, x-2.html, ...); exit status 0 if training could start with them, 2 if not."""
     options = _parser().parse_args(argv)
     try:
-        settings = _settings(options)
+        sets = _settings(options)
         _check_outputs(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    outputs = Outputs(options.html, options.json)
+    homes = [outputs.numbered(number).html for number in range(1, len(sets) + 1)]
+    links = [(each.data.path, home.name) for each, home in zip(sets, homes, strict=True) if home]
+    status = 0
+    for number, settings in enumerate(sets, 1):
+        if len(sets) > 1:
+            print(f"{'' if number == 1 else chr(10)}Data set {number} of {len(sets)}")
+        status = max(status, _report(settings, outputs.numbered(number), links=links))
+    return status
+
+
+def _report(settings: Settings, outputs: Outputs, *, links: page.Links) -> int:
+    """Inspect a data set and write all that is wanted; the exit status."""
+    try:
         with TemporaryFile() as spool:
-            thumbnails = Thumbnails(spool) if options.html else None
+            thumbnails = Thumbnails(spool) if outputs.html else None
             report = inspect(settings, thumbnails=thumbnails)
             print(text(report))
-            if thumbnails:
-                page.write(report, options.html, thumbnails=thumbnails)
-        if options.json:
-            _write_json(report, options.json)
+            if outputs.html and thumbnails:
+                page.write(report, outputs.html, thumbnails=thumbnails, links=links)
+        if outputs.json:
+            _write_json(report, outputs.json)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        if str(error.filename) not in map(str, filter(None, (options.html, options.json))):
+        if str(error.filename) not in map(str, filter(None, (outputs.html, outputs.json))):
             raise
         print(f"{error.filename}: can't be written ({error.strerror})", file=sys.stderr)
         return 2
@@ -68,17 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Report:
     """Read a folder and measure its pictures. Raises DataError if there is nothing to read."""
-    measures: dict[str, Measures] = {}
-
-    def probe(path: Path) -> Probe:
-        found, image = pictures.look(path, side=examine.SIDE)
-        if found.sha256 not in measures:
-            measures[found.sha256] = examine.measure(image)
-            if thumbnails:
-                thumbnails.put(found.sha256, image)
-        return found
-
-    collection = records.survey(settings.data, probe=probe)
+    looks = Looks(put_thumbnail=thumbnails.put if thumbnails else None)
+    collection = records.survey(settings.data, probes=looks)
+    collection, learnt = _masked(collection, settings.data, thumbnails)
     counts = Tokens("not counted: without --config there is no base to count for")
     if settings.base:
         counts = tokens.count(settings.base, collection.records.table["caption"])
@@ -86,9 +113,31 @@ def inspect(settings: Settings, *, thumbnails: Thumbnails | None = None) -> Repo
         collection,
         data=settings.data,
         schedule=settings.schedule,
-        measures=measures,
+        measures=looks.measures,
         tokens=counts,
+        learnt=learnt,
     )
+
+
+def _masked(
+    collection: Collection, data: DataConfig, thumbnails: Thumbnails | None
+) -> tuple[Collection, dict[str, float]]:
+    """The collection with the faults of its masks, and what each mask lets through, by name."""
+    if data.mask == "none":
+        return collection, {}
+    alpha = data.mask == "alpha"
+    paths = {r.name: r.target if alpha else r.mask for r in collection.records}
+    paths = {name: path for name, path in paths.items() if path}
+    faults, learnt = list(collection.faults), {}
+    for name, found in zip(paths, of_masks(paths.values(), alpha=alpha), strict=True):
+        if isinstance(found, PictureError):
+            faults.append(Fault(name, found.reason))
+            continue
+        learnt[name] = found.learnt
+        if thumbnails:
+            thumbnails.put(page.mask_of(name), found.thumbnail)
+    faults.sort(key=lambda fault: folder.natural(fault.path))
+    return replace(collection, faults=tuple(faults)), learnt
 
 
 def text(report: Report) -> str:
@@ -106,6 +155,9 @@ def text(report: Report) -> str:
 def _head(report: Report) -> str:
     edits = sum(bool(row.record.references) for row in report.rows)
     extra = f", {edits} with references" if edits else ""
+    masked = [row.learnt for row in report.rows if row.learnt is not None]
+    if masked:
+        extra += f", {len(masked)} masked ({sum(masked) / len(masked):.0%} is learnt on average)"
     return f"{report.data.path}: {_count(len(report.rows), 'usable picture')}{extra}"
 
 
@@ -231,39 +283,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    """The config's settings, with what the command line sets."""
+def _settings(options: argparse.Namespace) -> list[Settings]:
+    """Of each data set: the config's settings, with what the command line sets.
+
+    A folder on the command line stands for the config's first.
+    """
     sets: dict[str, object] = {"path": options.images} if options.images else {}
     for name in ("resolution", "max_upscale", "max_aspect", "trigger"):
         if getattr(options, name) is not None:
             sets[name] = getattr(options, name)
-    values: dict[str, object] = {}
     base, batch_size, accumulate, steps = None, 1, 1, None
+    values: list[dict[str, object]] = [{}]
     if options.config:
         from train.config import reading
 
         config = reading.load(options.config)
-        values, base = config.data.model_dump(), config.base
+        values, base = [data.model_dump() for data in config.sets], config.base
         train = config.train
         batch_size, accumulate, steps = train.batch_size, train.accumulate, train.steps
         if config.more_data:
             steps = None  # how they share them is the trainer's
-            paths = ", ".join(other.path for other in config.more_data)
-            print(f"Of data only; inspect the folders in more_data by themselves: {paths}\n")
+        if options.images:
+            del values[1:]
     elif not options.images:
         raise ConfigError("name a folder of pictures, or a config with --config")
     batch_size = batch_size if options.batch_size is None else options.batch_size
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1; got {batch_size}")
     try:
-        data = DataConfig.model_validate(values | sets)
+        data = [DataConfig.model_validate(each | sets) for each in values]
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():
             option = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else "settings"
             lines.setdefault(option, f"{option}: {fault['msg']}")
         raise ConfigError("\n".join(lines.values())) from None
-    return Settings(data, Schedule(batch_size, accumulate, steps), base)
+    schedule = Schedule(batch_size, accumulate, steps)
+    return [Settings(each, schedule, base) for each in data]
 
 
 if __name__ == "__main__":

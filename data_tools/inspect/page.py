@@ -5,19 +5,16 @@ written one at a time, and thumbnails wait on disk, so memory doesn't grow with 
 """
 
 import base64
-import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from threading import Lock
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from data_tools import pictures
 from data_tools.inspect import report
@@ -25,35 +22,41 @@ from data_tools.inspect.report import MARKS, Report, Row
 
 TEMPLATE = "page.html.jinja"
 
+Links = Sequence[tuple[str, str]]
+"""Of the pages of one config: the data set's path and the file's name."""
+
 
 class Thumbnails:
-    """Small JPEGs by name, in a file; any thread may put them there."""
+    """Small JPEGs by name, in a file."""
 
     def __init__(self, spool: BinaryIO) -> None:
         self._spool = spool
         self._places: dict[str, tuple[int, int]] = {}
-        self._lock = Lock()
 
-    def put(self, name: str, image: Image.Image) -> None:
-        """Keep an RGB picture. At 256 pixels a side it costs the page some 10 kB."""
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=75)
-        with self._lock:
-            at = self._spool.seek(0, os.SEEK_END)
-            self._spool.write(data.getbuffer())
-            self._places[name] = (at, data.tell())
+    def put(self, name: str, jpeg: bytes) -> None:
+        """Keep a picture; one of a known name is that one."""
+        if name not in self._places:
+            self._places[name] = (self._spool.seek(0, os.SEEK_END), len(jpeg))
+            self._spool.write(jpeg)
 
     def uri(self, name: str) -> str:
         """A picture as a data URI."""
         at, length = self._places[name]
-        with self._lock:
-            self._spool.seek(at)
-            data = self._spool.read(length)
+        self._spool.seek(at)
+        data = self._spool.read(length)
         return Markup("data:image/jpeg;base64," + base64.b64encode(data).decode())
 
 
-def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
-    """Write the page to `path`. All texts of the data set are escaped. Raises OSError."""
+def mask_of(name: str) -> str:
+    """The name under which the thumbnail of a picture's mask is kept."""
+    return f"mask of {name}"
+
+
+def write(found: Report, path: Path, *, thumbnails: Thumbnails, links: Links = ()) -> None:
+    """Write the page to `path`, with `links` to those beside it. Raises OSError.
+
+    All texts of the data set are escaped.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,6 +73,7 @@ def write(found: Report, path: Path, *, thumbnails: Thumbnails) -> None:
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         nonce=secrets.token_urlsafe(16),
         labels=MARKS,
+        links=[(label, quote(name), name == path.name) for label, name in links],
     )
     stream.enable_buffering(100)
     with path.open("w", encoding="utf-8") as file:
@@ -93,6 +97,11 @@ def _cards(found: Report, thumbnails: Thumbnails, home: Path) -> Iterator[dict[s
                 "width": 100 * (right - left) / record.width,
                 "height": 100 * (bottom - top) / record.height,
             },
+            "mask": row.learnt is not None and thumbnails.uri(mask_of(record.name)),
+            "references": [
+                (path.name, thumbnails.uri(sha256))
+                for path, sha256 in zip(record.references, record.reference_sha256, strict=True)
+            ],
             "facts": _facts(row, found),
             "group": groups.get(index, -1),
         }
@@ -121,6 +130,9 @@ def _facts(row: Row, found: Report) -> list[tuple[str, str]]:
         ("Plain black, white", f"{look.black:.0%}, {look.white:.0%}"),
         ("Caption from", record.caption_source),
     ]
+    if row.learnt is not None:
+        rest = f"what is dark counts {found.data.mask_floor:g}"
+        facts.append(("Learnt by its mask", f"{row.learnt:.0%} of the picture; {rest}"))
     if record.references:
         names = ", ".join(path.name for path in record.references)
         facts.append(("References", names))

@@ -6,9 +6,10 @@ decides: faults are `records`' and sizes `buckets`'. Prints and draws nothing.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from data_tools import buckets, captions, examine
 from data_tools.buckets import Geometry, Placement
@@ -57,6 +58,8 @@ class Row:
     """Of the caption with its template; None where they weren't counted."""
     marks: tuple[str, ...]
     """Keys of MARKS."""
+    learnt: float | None = None
+    """With a mask: the share of the picture that it lets through."""
 
     @property
     def placement(self) -> Placement:
@@ -197,8 +200,12 @@ def build(
     schedule: Schedule,
     measures: dict[str, Measures],
     tokens: Tokens,
+    learnt: Mapping[str, float] = MappingProxyType({}),
 ) -> Report:
-    """Put together what was read (`collection`) and what was seen (`measures`, by sha256)."""
+    """Put together what was read (`collection`) and what was seen (`measures`, by sha256).
+
+    learnt: by the name of the picture, what its mask lets through.
+    """
     records = list(collection.records)
     seen = [measures[record.sha256] for record in records]
     each = len(data.resolutions)
@@ -220,7 +227,7 @@ def build(
         if count is not None and count > tokens.limit:
             marks.add("truncated")
         ordered = tuple(mark for mark in MARKS if mark in marks)
-        rows.append(Row(record, here, look, count, ordered))
+        rows.append(Row(record, here, look, count, ordered, learnt.get(record.name)))
     return Report(data, schedule, collection, rows, tokens, twins, alike, same)
 
 
@@ -284,6 +291,8 @@ def _record_facts(row: Row) -> dict:
         "effective": row.effective,
         "tokens": row.tokens,
         "marks": row.marks,
+        "learnt": row.learnt,
+        "references": [path.name for path in record.references],
         **look,
         "phash": f"{row.measures.phash:016x}",
     }

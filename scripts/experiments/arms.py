@@ -29,7 +29,11 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     BASELINE: Arm("shift, guidance 1, all Linears, rank 16, AdamW 2e-3 with cosine"),
-    "timestep-rank": Arm("fewer ranks at high noise (T-LoRA)", mechanism="timestep_rank"),
+    "timestep-rank": Arm(
+        "fewer ranks at high noise (T-LoRA)",
+        ("lora.compute=fp32",),  # its hooks are on peft's down matrices
+        mechanism="timestep_rank",
+    ),
     "nearest-noise": Arm("the nearest of 8 noises", mechanism="nearest_noise"),
     "no-shift": Arm("no timestep shift", ("flow.shift=none",)),
     "guidance-4": Arm("guidance 4 in training", ("flow.guidance=4",)),

@@ -64,10 +64,17 @@ def test_a_signal_saves_and_ends_with_its_own_status(number, shared, dev_folder)
     assert [row["step"] for row in runs.metrics(folder)] == list(range(1, step + 3))  # pyright: ignore
 
 
-def test_told_by_their_launcher_two_processes_stop_after_the_same_step(shared, dev_folder):
-    config = write_config(shared, "both", model=dev_folder, train=ENDLESS)
+def test_two_processes_stop_after_the_same_step_and_go_on_to_the_bit(shared, dev_folder):
+    """Told by their launcher; the base in parts, moments in 8 bits, and an average."""
+    sections = {
+        "lora": {"rank": 32, "dropout": 0.2},  # tensors of 4096 elements have moments in 8 bits
+        "optim": {"name": "adamw8bit"},
+        "base": {"quantize": "nf4"},
+    }
+    train = {**ENDLESS, "ema": 0.9}
+    config = write_config(shared, "both", model=dev_folder, train=train, **sections)
     folder = shared / "both" / "runs" / "tiny"
-    process = runs.start(config, engine="ddp")
+    process = runs.start(config, engine="fsdp2")
     wait_for_steps(folder, process=process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
@@ -75,6 +82,11 @@ def test_told_by_their_launcher_two_processes_stop_after_the_same_step(shared, d
     step = runs.metrics(folder)[-1]["step"]
     assert output.count(f"stopped by SIGTERM after step {step}, which is saved.") == 1
     assert runs.last_checkpoint(folder).name == f"step-{step:06d}"
+    runs.launch(config, "--resume", f"train.steps={step + 2}", engine="fsdp2")
+    whole = {**train, "steps": step + 2}
+    config = write_config(shared, "whole", model=dev_folder, train=whole, **sections)
+    runs.launch(config, engine="fsdp2")
+    runs.assert_same_run(folder, shared / "whole" / "runs" / "tiny")
 
 
 def limit_files(size: int):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,11 @@ SECTIONS = {
 PREVIEW = {"prompts": ["zibby", ""], "every": 10, "steps": 2, "width": 64, "height": 80}
 
 
-def write_config(shared: Path, name: str, *, model: Path, **sections) -> Path:
-    """The config file of a run in shared/name over the mixed pictures."""
-    tree = runs.settings(shared / name, model=model, pictures=shared / "mixed", **sections)
+def write_config(
+    shared: Path, name: str, *, model: Path, pictures: str = "mixed", **sections
+) -> Path:
+    """The config file of a run in shared/name."""
+    tree = runs.settings(shared / name, model=model, pictures=shared / pictures, **sections)
     return runs.write_config(shared / f"{name}.yaml", tree)
 
 
@@ -40,7 +44,9 @@ def test_a_folder_of_pictures_becomes_an_adapter_with_everything_beside_it(whole
     assert {path.name for path in folder.iterdir()} == {
         *("checkpoints", "config.yaml", "metrics.jsonl", "previews", "tiny.certificate.json"),
         *("pictures.json", "timings.json", "tiny.safetensors", "versions.json"),
+        "tiny.diffusers.py",
     }
+    assert "to use it: tiny.diffusers.py" in output
     certificate = json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))
     assert certificate["passed"]
     with safe_open(folder / "tiny.safetensors", framework="pt") as file:
@@ -112,17 +118,22 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(whole, shared, dev_folder
 
 
 @pytest.mark.parametrize(
-    ("engine", "quantize", "memory"),
+    ("engine", "quantize", "memory", "count", "pictures"),
     [
-        ("ddp", "none", {"gradient_checkpointing": "none", "resident_blocks": 0}),
-        ("fsdp2", "nf4", {"gradient_checkpointing": "all"}),
+        ("ddp", "none", {"gradient_checkpointing": "none", "resident_blocks": 0}, 6, "one picture"),
+        ("fsdp2", "nf4", {"gradient_checkpointing": "all"}, 6, "mixed"),
+        pytest.param(
+            *("zero3", "fp8", {"gradient_checkpointing": 2}, 2, "mixed"),
+            marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"),
+        ),
     ],
 )
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(
-    engine, quantize, memory, shared, dev_folder, train_run: TrainRun
+    engine, quantize, memory, count, pictures, shared, dev_folder, train_run: TrainRun
 ):
     """Same pictures, noise, dropout and weights in every step; only the order of sums differs.
-    Streaming, sharding and recomputation change no bit, which other tests hold.
+    Streaming, sharding and recomputation change no bit, which other tests hold. Buckets are uneven,
+    or there are fewer pictures than processes.
 
     eps 1e-4 keeps AdamW from blowing that up where a gradient is all rounding: then a weight's
     update differs by lr/eps times the gradient's difference, so 10 a step times 1e-8 for gradients
@@ -133,19 +144,38 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
         "data": {"flip": True, "caption_dropout": 0.3},
         "lora": {"dropout": 0.1},
         "optim": {"eps": 1e-4},
+        "validation": {"pictures": "training", "max_pictures": 4, "sigmas": 2},
     }
-    steps = {"steps": 6, "accumulate": 1}
+    # drift would take ZeRO, which gathers each Linear by itself, a thousand exchanges more
+    changes["validation"]["neutral_prompts"] = () if engine == "zero3" else ("a",)
+    steps = {"steps": count, "accumulate": 1}
     sections = {"train": steps, "memory": memory, "preview": PREVIEW, **changes}
-    config = write_config(shared, engine, model=dev_folder, **sections)
+    if pictures == "one picture":
+        runs.make_pictures(shared / pictures, sizes=[runs.SQUARE])
+    config = write_config(shared, engine, model=dev_folder, pictures=pictures, **sections)
     output = runs.launch(config, engine=engine)
     assert "2 processes" in output
     assert "certificate: loads" in output
+    if engine != "ddp":
+        share = re.search(rf"base in parts \({engine}\): (\S+) of (\S+) GB", output)
+        assert share is not None
+        assert float(share[1]) == pytest.approx(float(share[2]) / 2, rel=0.05)
     two = shared / engine / "runs" / "tiny"
     assert len(list((two / "previews").iterdir())) == 2 * 2
-    one = train_run(f"one for {engine}", train={**steps, "accumulate": 2}, **changes)
+    name = f"one for {engine}"
+    one = train_run(name, pictures=pictures, train={**steps, "accumulate": 2}, **changes)
     assert runs.adapter_change(one, two) < 2e-6
     for ours, theirs in zip(runs.metrics(one), runs.metrics(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+    for ours, theirs in zip(checks(one), checks(two), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def checks(folder: Path) -> list[list[float]]:
+    """Loss of each of a run's checks, and drift where it was measured."""
+    lines = (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [[row[name] for name in ("loss", "drift") if row[name] is not None] for row in rows]
 
 
 def test_the_launcher_needs_no_gpu_and_one_thread(whole):

@@ -109,7 +109,7 @@ def test_patches_on_overlapping_rows_add_up() -> None:
 
 def test_what_it_does_not_compute_is_named() -> None:
     name = "transformer.transformer_blocks.0.attn.to_q"
-    state = pair(name, 8, 8) | {f"{name}.dora_scale": torch.ones(8, 1)}
+    state = pair(name, 8, 8) | {f"{name}.dora_scale": torch.ones(1, 8)}  # of columns
     state |= {"transformer.transformer_blocks.1.ff.linear_in.hada_w1_a": torch.ones(2, 2)}
     reading = comfyui.read(state, SHAPE)
     assert len(reading.not_computed) == 2

@@ -93,10 +93,10 @@ def test_dora_keeps_its_magnitudes(kind: str, to: str, dev: Any, base: str, tmp_
         assert torch.equal(update.magnitude, size[module])  # pyright: ignore
     report = examine.examine(output, base=base)
     assert report["adapter"]["kind"] == "DoRA"
-    assert report["comfyui"]["counts"]["used, not compared"] == len(
-        [key for key in files.File(output).tensors if key.endswith("dora_scale")]
-    )
+    keys = files.File(output).tensors
     if to == "diffusers":
+        assert not any(key.endswith("dora_scale") for key in keys)
+        assert "magnitudes are ignored" in report["comfyui"]["reasons"][0]
         after = merged(dev, output)
         for module, weight in weights.items():
             expected = dora(weight, adapter.delta(module), size[module])
@@ -105,6 +105,9 @@ def test_dora_keeps_its_magnitudes(kind: str, to: str, dev: Any, base: str, tmp_
         assert report["diffusers"]["exact"]
     else:
         assert "magnitudes are dropped" in report["diffusers"]["reasons"][0]
+        scales = [key for key in keys if key.endswith("dora_scale")]
+        assert report["comfyui"]["counts"]["used, not compared"] == len(scales) > 0
+        assert "norms of the base's rows" in report["comfyui"]["reasons"][0]
 
 
 def test_peft_dora_alone_is_plain_lora_in_comfyui(dev: Any, base: str, tmp_path: Path) -> None:
@@ -180,6 +183,10 @@ def test_lokr_of_diffusers_names(
     assert (reading.ignored, reading.failed, len(reading.patches)) == ([], [], len(deltas))
     report = examine.examine(path, base=base)
     assert report["comfyui"]["strength"] == pytest.approx(1.0)
+    report = examine.examine(output, base=base)
+    for loader in ("diffusers", "comfyui"):
+        assert (report[loader]["strength"], report[loader]["exact"]) == (1.0, True)
+        assert report[loader]["counts"] == {"used": len(files.File(output).tensors)}
     after = merged(dev, output)
     for module, delta in deltas.items():
         torch.testing.assert_close(
@@ -228,7 +235,10 @@ def test_lokr_that_divides_at_q_k_and_v_splits_and_fuses(dev: Any, tmp_path: Pat
         k: v.tolist() for k, v in state.items()
     }
     with pytest.raises(CheckpointError, match="LoKr of q, k and v with factors of their own"):
-        convert(split, tmp_path / "c.safetensors", to="kohya")
+        convert(split, tmp_path / "c.safetensors", to="comfyui")
+    convert(split, tmp_path / "c.safetensors", to="kohya")
+    names = {key.partition(".")[0] for key in files.File(tmp_path / "c.safetensors").tensors}
+    assert names == {f"lycoris_transformer_blocks_0_attn_to_{part}" for part in "qkv"}
 
 
 OUTSIDE = ("x_embedder", "proj_out", "norm_out.linear", "double_stream_modulation_img.linear")

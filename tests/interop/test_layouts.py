@@ -98,7 +98,10 @@ def write(layout: str, transformer: Any, folder: Path) -> tuple[Adapter, Path]:
 def in_diffusers(path: Path, pipeline: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
     try:
-        factors = {m: certify.loaded_factors(pipeline.transformer, m) for m in adapter.down}
+        factors = {
+            m: certify.loaded_update(pipeline.transformer, m).factors()  # pyright: ignore
+            for m in adapter.down
+        }
     finally:
         pipeline.unload_lora_weights()
     return {m: up @ down for m, (up, down) in factors.items()}

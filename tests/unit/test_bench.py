@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts import bench, bench_data, bench_options, bench_pictures, bench_report, bench_start
@@ -102,9 +105,19 @@ def test_a_job_without_previews_has_an_empty_phase(tmp_path: Path) -> None:
 
 def test_a_job_alone_has_its_own_memory() -> None:
     held = bytearray(300_000_000)
-    seconds, peak = bench_data.alone(bench_data.bucket, 10, cores=1)
-    assert 0 < seconds < 5
-    assert 10_000_000 < peak < len(held)
+    cost = bench_data.alone(bench_data.bucket, 10, cores=1)
+    assert 0 < cost.seconds < 5
+    assert 10_000_000 < cost.peak < len(held)
+
+
+def test_the_costs_of_a_job_are_those_of_its_processes_too() -> None:
+    code = "import time; a = bytearray(b'1' * 100_000_000); sum(range(20_000_000)); time.sleep(0.5)"
+    with bench_data.Family() as family:
+        before = family.costs()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        cpu, peak = family.costs()
+    assert cpu - before[0] > 0.2
+    assert peak > psutil.Process().memory_info().rss + 90_000_000
 
 
 def test_the_data_benchmark_measures_all_it_says(
@@ -114,7 +127,7 @@ def test_the_data_benchmark_measures_all_it_says(
     monkeypatch.setattr(
         bench_data,
         "alone",
-        lambda job, *rest, cores: (job(*rest) or 1.0, bench_data.peak_memory()),
+        lambda job, *rest, cores: bench_data.Cost(job(*rest) or 1.0, 1.0, bench_data.peak_memory()),
     )
     arguments = ["data", "--pictures", "8", "--plan", "30", "--encode", "2"]
     places = ["--folder", str(tmp_path), "--json", str(tmp_path / "x.json")]

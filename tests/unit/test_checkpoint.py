@@ -20,6 +20,7 @@ from train.checkpoint import Checkpoint, Origin, Progress
 from train.config import OptimConfig
 from train.errors import CheckpointError
 from train.lora import Adapter
+from train.lora.adapter import of_parts
 from train.optim import build_optimizer
 
 
@@ -55,10 +56,8 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path, optimizer):
     loaded = checkpoint.load(checkpoint.save(tmp_path, saved, keep=1))
     assert loaded.progress == saved.progress
     assert (loaded.adapter.rank, loaded.adapter.alpha) == (4, 2.5)
-    for ours, theirs in (
-        (loaded.adapter.down, saved.adapter.down),
-        (loaded.adapter.up, saved.adapter.up),
-    ):
+    for part in ("lora_A", "lora_B"):
+        ours, theirs = loaded.adapter.parts[part], saved.adapter.parts[part]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     torch.testing.assert_close(loaded.optimizer, saved.optimizer, rtol=0, atol=0)
@@ -77,6 +76,25 @@ def test_an_average_and_a_start_are_saved_beside_the_adapter(tmp_path):
     damage.flip_bit(path / "average.safetensors")
     with pytest.raises(CheckpointError, match=r"average\.safetensors changed"):
         checkpoint.load(path)
+
+
+KINDS = {
+    "dora": {"lora_A": ["a", "b"], "lora_B": ["a", "b"], "lora_magnitude_vector": ["a", "b"]},
+    "lokr": {"lokr_w1": ["a", "b"], "lokr_w2": ["a"], "lokr_w2_a": ["b"], "lokr_w2_b": ["b"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_saved_by_their_parts(kind, tmp_path):
+    plain, parts = make(3), {}
+    for part, modules in KINDS[kind].items():
+        parts[part] = {f"transformer_blocks.{m}.attn.to_out.0": torch.randn(3, 2) for m in modules}
+    adapter = of_parts(parts, rank=3, alpha=1.5)
+    assert adapter.kind == kind
+    whole = dataclasses.replace(plain, adapter=adapter, average=adapter)
+    loaded = checkpoint.load(checkpoint.save(tmp_path, whole, keep=1))
+    assert (loaded.adapter.kind, loaded.adapter.rank, loaded.adapter.alpha) == (kind, 3, 1.5)
+    torch.testing.assert_close(loaded.shown("average").parts, parts, rtol=0, atol=0)
 
 
 def test_the_average_is_shown_where_there_is_one_and_wanted():
@@ -215,7 +233,7 @@ def train_from_newest(folder: Path, steps: int, done: "Synchronized[int]") -> No
     newest, _ = checkpoint.newest_good(folder)
     saved = checkpoint.load(newest) if newest else None
     step = saved.progress.step if saved else 0
-    weight = saved.adapter.up["a"] if saved else torch.zeros(64, 4)
+    weight = saved.adapter.parts["lora_B"]["a"] if saved else torch.zeros(64, 4)
     while step < steps:
         step += 1
         weight = weight * 0.9 + step
@@ -253,4 +271,4 @@ def test_fifty_kills_never_lose_more_than_the_last_interval(tmp_path: Path):
     weight = torch.zeros(64, 4)
     for step in range(1, end + 1):
         weight = weight * 0.9 + step
-    assert torch.equal(checkpoint.load(newest).adapter.up["a"], weight)
+    assert torch.equal(checkpoint.load(newest).adapter.parts["lora_B"]["a"], weight)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import folder, sources
+from data_tools import sources
 from data_tools.sources import Draft, Fault, Note
 from tests.unit import hostile
 from tests.unit.folders import faults, survey
@@ -13,7 +13,7 @@ from train.errors import DataError
 
 
 def drafts(root: Path) -> list[Draft]:
-    gathered = sources.gather(root, folder.listing(root))
+    _, gathered = sources.gather(root)
     assert gathered.faults == []
     return gathered.drafts
 
@@ -161,7 +161,7 @@ def test_kohya_folders(tmp_path: Path) -> None:
 )
 def test_not_kohya_if_pictures_lie_elsewhere(tmp_path: Path, others: str) -> None:
     fill(tmp_path, "10_dog/a.png", others)
-    found = sources.gather(tmp_path, folder.listing(tmp_path))
+    _, found = sources.gather(tmp_path)
     assert {(draft.repeats, draft.caption) for draft in found.drafts} == {(1, "")}
     text = "read as an ordinary folder, not kohya's, as pictures lie outside such folders"
     assert found.notes == [Note("10_dog", text)]

@@ -1,6 +1,7 @@
 """Gradients summed, the base sharded, and what of accelerate's settings is refused."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests import tiny
-from train import lora, parallel
+from train import lora, parallel, zero3
 from train.config import LoraConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, MachineError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 
@@ -45,7 +46,7 @@ def test_frozen_weights_are_sharded_and_the_adapter_stays_whole(alone: None):
     model = tiny.transformer(guidance=True)
     lora.attach(model, LoraConfig(rank=2), seed=1)
     trainable = lora.trainable(model)
-    parallel.shard(model, trainable=trainable, device=torch.device("cpu"))
+    parallel.shard(model, "fsdp2", trainable=trainable, device=torch.device("cpu"))
     kinds = {p.requires_grad: set() for p in model.parameters()}
     for parameter in model.parameters():
         kinds[parameter.requires_grad].add(isinstance(parameter, DTensor))
@@ -59,6 +60,7 @@ def test_frozen_weights_are_sharded_and_the_adapter_stays_whole(alone: None):
         ("one", DistributedType.NO, 1),
         ("ddp", DistributedType.MULTI_GPU, 2),
         ("fsdp2", DistributedType.FSDP, 2),
+        ("deepspeed", DistributedType.DEEPSPEED, 2),
         ("two-nodes", DistributedType.MULTI_GPU, 4),
     ],
 )
@@ -66,7 +68,8 @@ def test_the_launcher_reads_our_files(name: str, kind: DistributedType, processe
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.distributed_type, config.num_processes) == (kind, processes)  # pyright: ignore
     assert config.mixed_precision == "no"
-    assert {path.stem for path in CONFIGS.iterdir()} == {"one", "ddp", "fsdp2", "two-nodes"}
+    files = {path.stem for path in CONFIGS.iterdir()}
+    assert files == {"one", "ddp", "fsdp2", "deepspeed", "two-nodes"}
 
 
 class Asked:
@@ -75,17 +78,12 @@ class Asked:
     gradient_accumulation_steps = 1
     distributed_type = DistributedType.NO
 
-    class state:  # noqa: N801
-        class fsdp_plugin:  # noqa: N801
-            fsdp_version = 1
-
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"gradient_accumulation_steps": 4}, "is 4: set train.accumulate instead"),
-        ({"distributed_type": DistributedType.DEEPSPEED}, "configured for DEEPSPEED; .*ddp.yaml"),
-        ({"distributed_type": DistributedType.FSDP}, "FSDP version 1; .*fsdp2.yaml"),
+        ({"distributed_type": DistributedType.XLA}, "configured for XLA; .*ddp.yaml"),
     ],
 )
 def test_what_would_change_training_is_refused(
@@ -95,3 +93,53 @@ def test_what_would_change_training_is_refused(
     monkeypatch.setattr(parallel, "Accelerator", lambda mixed_precision: asked)
     with pytest.raises(ConfigError, match=message):
         parallel.accelerator()
+
+
+def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "Accelerator", lambda mixed_precision: Asked())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"FSDP version 1; .*fsdp2\.yaml"):
+        parallel.accelerator()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    parallel.accelerator()
+    assert parallel.sharding() == "fsdp2"
+
+
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+ZERO3 |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero_stage must be 3"),
+        ({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag must be false"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device must be none"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient_clipping .* optim.max_grad_norm"),
+    ],
+)
+def test_settings_of_deepspeed_that_would_go_unheeded_are_refused(
+    changes: dict, message: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("deepspeed")
+    for name, value in (ZERO3 | changes).items():
+        monkeypatch.setenv(name, value)
+    assert zero3.is_launched()
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        zero3.check()
+
+
+def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"pip install deepspeed, or .*fsdp2\.yaml"):
+        zero3.check()
+
+
+def test_zero3_does_not_see_the_adapter_which_comes_back_in_its_order():
+    model = tiny.transformer(guidance=True)
+    lora.attach(model, LoraConfig(rank=2, init="pissa"), seed=1)
+    before = [(name, id(p)) for name, p in model.named_parameters()]
+    with zero3._without_adapters(model, torch.device("cpu")):
+        assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert [(name, id(p)) for name, p in model.named_parameters()] == before

@@ -37,5 +37,8 @@ def test_references_that_cannot_be_used(tmp_path: Path) -> None:
     small = runs.draw_picture(tmp_path / "small.png", size=(63, 80))
     with pytest.raises(ConfigError, match=r"reference .*small.png is 63x80; a reference needs 64"):
         requests([small])
+    long = runs.draw_picture(tmp_path / "long.png", size=(641, 80))
+    with pytest.raises(ConfigError, match=r"long.png is 641x80; a reference may be 8 times as"):
+        requests([long])
     with pytest.raises(ConfigError, match=r"preview.edits: the reference .*none.png: "):
         requests([tmp_path / "none.png"])

@@ -241,11 +241,14 @@ def test_assembling_is_all_that_training_needs(undo: ExitStack) -> None:
     settings = config(speed={"attention": "native"}, memory={"gradient_checkpointing": "all"})
     memory = assemble.Memory.of(settings.memory, double=2, single=2)
     made = assemble.assemble(transformer, settings, memory=memory, device=CPU, dtype=torch.float32)
+    products = torch.backends.cuda.matmul
     assert transformer.gradient_checkpointing
+    assert not products.allow_bf16_reduced_precision_reduction
     assert len(made.targets) == 2 * 12 + 2 * 2
     assert [p.dtype for p in lora.trainable(transformer)] == [torch.float32] * 56
     made.undo.close()
     assert not transformer.gradient_checkpointing
+    assert products.allow_bf16_reduced_precision_reduction
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ class OnOneDevice(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         leaves = tree_leaves((args, kwargs, result))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if any(t.device.type != "meta" for t in tensors):
+        if any(t.numel() and t.device.type != "meta" for t in tensors):  # checkpoints make a null
             self.faults.add(str(func))
         return result
 

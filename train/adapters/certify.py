@@ -4,17 +4,10 @@ diffusers is asked itself: its real loader loads the file into a real pipeline, 
 and the transformer's output are compared with the trained adapter's. ComfyUI is read by `comfyui`.
 Owns the comparison, its bounds and the certificate; makes no file of its own but that.
 
-Bounds. A file stores fl(A) and fl(scale * B), with |fl(x) - x| <= u |x| + eta: u is the unit
-roundoff of its type and eta half its smallest number. Then, whatever the n values of a matrix are,
-  |E_X|_F <= u |X|_F + eta sqrt(n)
-  |dW_file - dW|_F <= |E_B|_F |A|_2 + |B|_2 |E_A|_F + |E_B|_F |E_A|_F,
-which is the bound on each module's update. u and eta are summed over the types that the numbers
-pass through: the file's, fp32 for the folding, and the transformer's, to which diffusers converts.
-
-The output isn't linear in the updates; its bound is argued, not proven: 8 u of the adapter's effect
-(two rounded factors; fourfold for updates that partly cancel in the output), three times the
-measured noise of computing the adapter in the transformer's type, one roundoff of that type and 16
-of fp32.
+On each module's update and magnitudes the bounds are `bounds`', and proven. The output isn't linear
+in the updates; its bound is argued, not proven: 8 u of the adapter's effect (two rounded factors;
+fourfold for updates that partly cancel in the output), three times the measured noise of computing
+the adapter in the transformer's type, one roundoff of that type and 16 of fp32.
 """
 
 import dataclasses
@@ -26,51 +19,34 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.linalg import matrix_norm, vector_norm
+from torch.linalg import vector_norm
 
-from train import lora
+from train import lora, parallel
 from train.adapters import comfyui, files
+from train.adapters.bounds import FP32, Roundoff, compare, compare_magnitudes, wide
 from train.adapters.intent import PREFIX
 from train.adapters.source import Source
-from train.adapters.updates import Factors, distance, product_norm
+from train.adapters.updates import Kronecker, LowRank, Update
 from train.config import LoraConfig
 from train.loading import frozen
 from train.loading.names import Shape, diffusers_places
-from train.lora import Adapter
+from train.lora import Adapter, AnyAdapter, LokrAdapter
+from train.lora.adapter import changes_nothing
+from train.lora.base import weights as base_weights
 
 LOADED = "certified"
+LOADERS = ("diffusers", "comfyui")
+TITLES = {"diffusers": "diffusers", "comfyui": "ComfyUI"}
 PACKAGES = ("kindling", "diffusers", "peft", "torch", "safetensors")
-
-
-@dataclass(frozen=True)
-class Roundoff:
-    """|fl(x) - x| <= unit * |x| + tiny."""
-
-    unit: float
-    tiny: float
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> "Roundoff":
-        """Of one rounding to a type; several in turn add up."""
-        info = torch.finfo(dtype)
-        return cls(info.eps / 2, info.smallest_normal * info.eps / 2)
-
-    def __add__(self, other: "Roundoff") -> "Roundoff":
-        return Roundoff(self.unit + other.unit, self.tiny + other.tiny)
-
-    def error(self, weight: Tensor) -> float:
-        """Bound on the Frobenius norm of a rounded matrix's error."""
-        norm = matrix_norm(weight).item()
-        return self.unit * norm + self.tiny * math.sqrt(weight.numel())
-
-
-FP32 = Roundoff.of(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -81,17 +57,20 @@ class Case:
     source: Source
     tensors: dict[str, Tensor]
     roundoff: Roundoff
-    adapter: Adapter
+    adapter: AnyAdapter
 
 
-def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
+def certify(
+    path: Path, *, adapter: AnyAdapter, pipeline: Any, loaders: tuple[str, ...] = LOADERS
+) -> dict[str, Any]:
     """A JSON-able certificate of one exported file.
 
-    adapter: as trained. pipeline: a Flux2Pipeline or Flux2KleinPipeline around the frozen base
-    transformer, without adapters; its other parts may be None. Everything runs on the transformer's
-    device and in its type; the transformer is handed back as it was. `passed` is false, with plain
-    reasons, if a loader ignores a key, applies another strength or gives another output. Raises
-    CheckpointError if the file can't be read at all.
+    adapter: as trained. loaders: those that the file is for; what the others make of it is said,
+    too, but isn't asked to be right. pipeline: a Flux2Pipeline or Flux2KleinPipeline around the
+    frozen base transformer, without adapters; its other parts may be None. Everything runs on the
+    transformer's device and in its type; the transformer is handed back as it was. `passed` is
+    false, with plain reasons, if a loader ignores a key, applies another strength or gives another
+    output. Raises CheckpointError if the file can't be read at all.
     """
     transformer = pipeline.transformer
     assert not _layers(transformer), "the transformer already has an adapter"
@@ -99,14 +78,18 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
     shape = Shape.of(transformer)
     floats = [t.dtype for t in tensors.values() if t.is_floating_point()] or [torch.float32]
     file_type = max(floats, key=lambda dtype: torch.finfo(dtype).eps)
-    reasons = [] if any(w.any() for w in adapter.up.values()) else ["the adapter changes nothing"]
+    reasons = ["the adapter changes nothing"] if changes_nothing(adapter) else []
     case = Case(path, Source(path), tensors, Roundoff.of(file_type) + FP32, adapter)
-    diffusers, comfy = _ask_diffusers(case, pipeline), _ask_comfyui(case, shape)
-    reasons += [f"diffusers: {reason}" for reason in diffusers["reasons"]]
-    reasons += [f"ComfyUI: {reason}" for reason in comfy["reasons"]]
+    verdicts = {
+        "diffusers": _ask_diffusers(case, pipeline),
+        "comfyui": _ask_comfyui(case, shape, transformer),
+    }
+    for loader in loaders:
+        reasons += [f"{TITLES[loader]}: {reason}" for reason in verdicts[loader]["reasons"]]
     return {
         "passed": not reasons,
         "reasons": reasons,
+        "for": list(loaders),
         "file": {
             "name": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -114,13 +97,17 @@ def certify(path: Path, *, adapter: Adapter, pipeline: Any) -> dict[str, Any]:
             "tensors": len(tensors),
             "dtype": str(file_type),
         },
-        "adapter": {"modules": len(adapter.down), "rank": adapter.rank, "alpha": adapter.alpha},
+        "adapter": {
+            "kind": adapter.kind,
+            "modules": len(adapter.modules),
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+        },
         "transformer": dataclasses.asdict(shape)
         | {"dtype": str(transformer.dtype), "quantize": frozen.kind_of(transformer)},
         "device": transformer.device.type,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "diffusers": diffusers,
-        "comfyui": comfy,
+        **verdicts,
     }
 
 
@@ -133,31 +120,57 @@ def write_certificate(certificate: dict[str, Any], path: Path) -> Path:
     return target
 
 
-def loaded_factors(transformer: nn.Module, module: str) -> Factors:
-    """What the adapters now in a transformer add to one module's weight at strength 1, fp64.
+def loaded_update(transformer: nn.Module, module: str) -> Update:
+    """What the adapters now in a transformer do to one module's weight at strength 1, fp64.
 
-    (out, k) and (k, in), k the ranks of all adapters there; 0 where there is none.
+    LoRA's ranks add up, 0 where there is none; of LoKr and DoRA there is one at most.
     """
-    layer = transformer.get_submodule(module)
+    layer: Any = transformer.get_submodule(module)
+    if isinstance(layer, LoKrLayer):
+        sides = {
+            end: wide(getattr(layer, f"lokr_{end}")[LOADED])
+            for end in ("w1", "w2", "w2_a", "w2_b")
+            if LOADED in getattr(layer, f"lokr_{end}")
+        }
+        right = sides["w2"] if "w2" in sides else sides["w2_a"] @ sides["w2_b"]
+        return Kronecker(sides["w1"], right, layer.scaling[LOADED])
     linear: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     ups = [torch.zeros(linear.out_features, 0, dtype=torch.float64)]
     downs = [torch.zeros(0, linear.in_features, dtype=torch.float64)]
-    if isinstance(layer, LoraLayer):
-        for name in layer.lora_A:
-            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
-            if not (up.is_meta or down.is_meta):
-                ups.append(layer.scaling[name] * _wide(up))
-                downs.append(_wide(down))
-    return torch.cat(ups, dim=1), torch.cat(downs)
+    magnitude = None
+    for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
+        up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
+        if not (up.is_meta or down.is_meta):
+            ups.append(layer.scaling[name] * wide(up))
+            downs.append(wide(down))
+        if name in layer.lora_magnitude_vector:
+            size = layer.lora_magnitude_vector[name].weight
+            magnitude = None if size.is_meta else wide(size)
+    return LowRank(torch.cat(ups, dim=1), torch.cat(downs), 1.0, magnitude)
 
 
-def _ask_comfyui(case: Case, shape: Shape) -> dict[str, Any]:
+def _ask_comfyui(case: Case, shape: Shape, transformer: nn.Module) -> dict[str, Any]:
     reading = comfyui.read(case.tensors, shape)
     places = diffusers_places(shape)
     changed = [m for m, place in places.items() if any(at.overlap(place) for at in reading.patches)]
-    weights = _compare(case.adapter, lambda m: reading.factors(places[m]), case.roundoff)
+
+    def found(module: str) -> Update:
+        place = places[module]
+        patch = reading.patches.get(place)
+        if isinstance(patch, Kronecker):
+            return patch
+        return LowRank(*reading.factors(place), 1.0, reading.magnitude(place))
+
+    compared = compare(case.adapter, found, case.roundoff)
+    if case.adapter.kind == "dora":
+        wanted = {
+            module: comfyui.dora_scale(update, weight)
+            for module, weight in base_weights(transformer, case.adapter.modules)
+            if isinstance(update := case.adapter.update(module), LowRank)
+        }
+        compared |= compare_magnitudes(wanted, found, FP32 + FP32)
     ignored = reading.ignored + reading.failed + reading.not_computed
-    return _verdict(case.adapter, reading.used, ignored, changed, weights)
+    return _verdict(case.adapter, reading.used, ignored, changed, compared)
 
 
 def _ask_diffusers(case: Case, pipeline: Any) -> dict[str, Any]:
@@ -181,11 +194,13 @@ def _ask_diffusers(case: Case, pipeline: Any) -> dict[str, Any]:
 
 
 def _trained_output(
-    transformer: Any, adapter: Adapter, batch: dict[str, Tensor]
+    transformer: Any, adapter: AnyAdapter, batch: dict[str, Tensor]
 ) -> tuple[Tensor, float]:
     """The output with the adapter as trained, and how far it moves in the transformer's type."""
-    modules = tuple(map(re.escape, adapter.down))
-    config = LoraConfig(targets=modules, rank=adapter.rank, alpha=adapter.alpha)
+    modules = tuple(map(re.escape, adapter.modules))
+    config = LoraConfig(kind=adapter.kind, targets=modules, rank=adapter.rank, alpha=adapter.alpha)
+    if isinstance(adapter, LokrAdapter):
+        config = config.model_copy(update={"factor": adapter.factor})
     lora.attach(transformer, config, seed=0)
     lora.write(transformer, adapter)
     trained = _output(transformer, batch)
@@ -210,17 +225,21 @@ def _load(case: Case, pipeline: Any) -> dict[str, Any]:
         return verdict | {"strength": None, "reasons": [reason]}
     layers = _layers(transformer)
     lacking = {
-        f"{PREFIX}{module}.{half}.weight": module
+        f"{PREFIX}{module}.{name.replace(f'.{LOADED}', '')}": module
         for module, layer in layers.items()
-        for half in ("lora_A", "lora_B")
-        if getattr(layer, half)[LOADED].weight.is_meta
+        for name, parameter in layer.named_parameters()
+        if f".{LOADED}" in name and parameter.is_meta
     }
     filled = layers.keys() - set(lacking.values())
     used = [key for key in tensors if (at := _modules(case.source, key)) and filled.issuperset(at)]
     ignored = [key for key in tensors if key not in used]
     roundoff = case.roundoff + Roundoff.of(transformer.dtype)
-    weights = _compare(case.adapter, lambda m: loaded_factors(transformer, m), roundoff)
-    verdict |= _verdict(case.adapter, used, ignored, list(layers), weights)
+    compared = compare(case.adapter, lambda m: loaded_update(transformer, m), roundoff)
+    if isinstance(case.adapter, Adapter) and case.adapter.magnitude is not None:
+        own = FP32 + Roundoff.of(transformer.dtype)
+        found = partial(loaded_update, transformer)
+        compared |= compare_magnitudes(case.adapter.magnitude, found, own)
+    verdict |= _verdict(case.adapter, used, ignored, list(layers), compared)
     if lacking:
         verdict["loads"] = False
         verdict["reasons"].append(f"{min(lacking)} isn't in the file and gets random weights")
@@ -228,16 +247,16 @@ def _load(case: Case, pipeline: Any) -> dict[str, Any]:
 
 
 def _verdict(
-    adapter: Adapter, used: list[str], ignored: list[str], changed: list[str], weights: dict
+    adapter: AnyAdapter, used: list[str], ignored: list[str], changed: list[str], weights: dict
 ) -> dict[str, Any]:
     reasons = []
     if not used:
         reasons.append("it loads nothing from the file: it knows none of the names")
     elif ignored:
         reasons.append(f"it ignores {len(ignored)} keys, such as {ignored[0]}")
-    if strangers := sorted(set(changed) - adapter.down.keys()):
+    if strangers := sorted(set(changed) - set(adapter.modules)):
         reasons.append(f"the file changes {strangers[0]}, which the adapter doesn't")
-    if absent := sorted(adapter.down.keys() - set(changed)):
+    if absent := sorted(set(adapter.modules) - set(changed)):
         reasons.append(f"{len(absent)} of the adapter's modules are left out, such as {absent[0]}")
     if used and not weights["within_bound"]:
         worst = weights["worst"]
@@ -246,34 +265,11 @@ def _verdict(
             f"(rounding explains {worst['bound']:.2g}); "
             f"the adapter as a whole is applied at strength {weights['strength']}"
         )
+    magnitudes = weights.get("magnitudes")
+    if used and magnitudes and not magnitudes["within_bound"]:
+        reasons.append(f"DoRA's magnitudes of {magnitudes['module']} {magnitudes['fault']}")
     keys = {"loads": bool(used), "keys_used": len(used), "keys_ignored": ignored}
     return keys | weights | {"reasons": reasons}
-
-
-def _compare(
-    adapter: Adapter, found: Callable[[str], Factors], roundoff: Roundoff
-) -> dict[str, Any]:
-    """Updates of all modules against the trained ones: strength by least squares, worst error.
-
-    Products are never formed: on dev they would be full-size weights.
-    """
-    product = norm = 0.0
-    worst = {"module": "", "error": 0.0, "bound": 0.0}
-    worst_ratio = -1.0
-    for module in adapter.down:
-        up, down = adapter.scale * _wide(adapter.up[module]), _wide(adapter.down[module])
-        up_found, down_found = found(module)
-        product += torch.sum((up.T @ up_found) * (down @ down_found.T)).item()
-        size = product_norm(up, down)
-        norm += size**2
-        error_a, error_b = roundoff.error(down), roundoff.error(up)
-        bound = (error_b * matrix_norm(down, 2) + (matrix_norm(up, 2) + error_b) * error_a).item()
-        error = distance((up_found, down_found), (up, down))
-        if error > worst_ratio * bound:
-            worst_ratio, size = error / bound, size or 1.0
-            worst = {"module": module, "error": error / size, "bound": bound / size}
-    strength = round(product / norm, 3) if norm else None
-    return {"strength": strength, "within_bound": worst_ratio <= 1.0, "worst": worst}
 
 
 def _compare_output(
@@ -330,19 +326,15 @@ def _borrowed(transformer: Any) -> Iterator[Callable[[], bool]]:
 
 
 def _fingerprints(transformer: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
-    """Of every weight's bits: a change of any one bit changes them."""
+    """Of every weight's bits: a change of any one bit changes them. Of a base in parts, its own."""
     return {
-        name: (tensor.dtype, int(torch.hash_tensor(tensor.detach()).item()))
-        for name, tensor in transformer.state_dict().items()
+        name: (tensor.dtype, int(torch.hash_tensor(parallel.own_part(tensor).detach()).item()))
+        for name, tensor in transformer.state_dict(keep_vars=True).items()
     }
 
 
-def _layers(transformer: nn.Module) -> dict[str, LoraLayer]:
-    return {n: m for n, m in transformer.named_modules() if isinstance(m, LoraLayer)}
-
-
-def _wide(weight: Any) -> Tensor:
-    return weight.detach().cpu().double()
+def _layers(transformer: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def _modules(source: Source, key: str) -> tuple[str, ...]:

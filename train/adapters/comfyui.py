@@ -5,18 +5,30 @@ name it knows leads to a weight, or to some rows of one, in BFL's naming; the up
 up @ down * alpha / rank with an `.alpha` tensor and up @ down without; other keys are ignored with
 a warning in its log.
 
+DoRA, whose magnitude is a `.dora_scale` of (rows, 1) and goes with the rows of its name: the
+changed rows times dora_scale, over the norms of the rows *before* the change plus fp32's epsilon.
+The definition divides by the norms after it (ComfyUI's pull request 15458, open in August 2026).
+`dora_scale` makes up for that at strength 1.
+
 Owns that mapping; which of diffusers' Linears is where in BFL's naming is `train.loading.names`'.
-LoRA and LoKr are computed; DoRA, LoHa and the like are named, not computed.
+LoRA, DoRA and LoKr are computed; LoHa and the like are named, not computed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped
+from train.adapters.updates import (
+    Kronecker,
+    LowRank,
+    Update,
+    changed_squares,
+    halves_swapped,
+    row_squares,
+)
 from train.loading.names import OUTSIDE, SWAPPED, Place, Shape, diffusers_places
 
 KNOWN_OUTSIDE = ("x_embedder", "context_embedder", SWAPPED, "proj_out")
@@ -34,6 +46,9 @@ HALVES = (
 """What may follow a name, (out, rank) half first; of several, ComfyUI takes the first."""
 
 LOKR = tuple(f".lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"))
+
+EPSILON = torch.finfo(torch.float32).eps
+"""Added to the norms that magnitudes are divided by; ComfyUI changes weights in fp32."""
 
 NOT_COMPUTED = (
     *(".dora_scale", ".reshape_weight", ".lora_mid.weight", ".diff", ".diff_b", ".set_weight"),
@@ -75,6 +90,15 @@ class Reading:
                 ups.append(pad(rows, (0, 0, start - place.start, place.stop - stop)))
                 downs.append(patch.down.to(dtype))
         return torch.cat(ups, dim=1), torch.cat(downs)
+
+    def magnitude(self, place: Place) -> Tensor | None:
+        """dora_scale of some rows of a weight, (rows,), of the patch that has them all."""
+        for at, patch in self.patches.items():
+            overlap = at.overlap(place)
+            if overlap and isinstance(patch, LowRank) and patch.magnitude is not None:
+                start, stop = overlap
+                return patch.magnitude[start - at.start : stop - at.start]
+        return None
 
     def delta(self, weight: str, shape: Shape) -> Tensor:
         """The update of a whole BFL weight at strength 1, fp64, (out, in)."""
@@ -141,6 +165,21 @@ def read(tensors: dict[str, Tensor], shape: Shape) -> Reading:
     return Reading(patches, used, ignored, failed, beyond, refusal)
 
 
+def dora_scale(update: LowRank, weight: Tensor) -> Tensor:
+    """What ComfyUI must be given, (out,) fp32, to make DoRA of it: m (|W| + eps) / |W + s B A|.
+
+    weight: (out, in), the base's. Exact at strength 1; at others ComfyUI goes that part of the way
+    from the base's weight to the changed one.
+    """
+    assert update.magnitude is not None
+    up, down = update.factors()
+    device = weight.device
+    squares = row_squares(weight, torch.float64)
+    changed = changed_squares(weight, up.to(device), down.to(device), squares=squares)
+    ratio = (squares.sqrt() + EPSILON) / changed.sqrt()
+    return (update.magnitude.double() * ratio.cpu()).float()
+
+
 def _spellings(module: str) -> list[str]:
     """How diffusers' name of a Linear may be written."""
     flat = module.replace(".", "_")
@@ -162,7 +201,12 @@ def _update_at(tensors: dict[str, Tensor], name: str) -> tuple[list[str], Update
             up, down = (tensors[key] for key in present)
             if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not len(down):
                 return present + alpha, None
-            return present + alpha, LowRank(up, down, _scale(value, down.shape[0]))
+            update = LowRank(up, down, _scale(value, down.shape[0]))
+            dora = tensors.get(f"{name}.dora_scale")
+            if dora is not None and dora.shape == (len(up), 1):  # another one is for columns
+                present.append(f"{name}.dora_scale")
+                update = replace(update, magnitude=dora.flatten())
+            return present + alpha, update
     return [], None
 
 

@@ -8,12 +8,17 @@ nothing; folding a scale into bf16 can, and the largest error is printed.
 import argparse
 from pathlib import Path
 
-from train.adapters.opening import open_adapter
+from train.adapters.opening import check_magnitudes, open_adapter
 from train.adapters.source import Source
 from train.adapters.updates import Kronecker, Update, truncated
 from train.adapters.write import LAYOUTS, Outcome, save
 from train.errors import ConfigError
 from train.loading.base import DTYPES
+
+NORMS = (
+    "ComfyUI divides by the norms of the base's rows where DoRA means the changed weight's; only "
+    "`kindling export` of the run, which has the base, makes up for it."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         rank=arguments.rank,
     )
     print(f"{arguments.output}: {len(outcome.modules)} Linears, {error_text(outcome)}")
+    if outcome.dora and arguments.to == "diffusers":
+        print("DoRA: this file is for diffusers; ComfyUI doesn't know its magnitudes' names")
+    elif outcome.dora:
+        print(f"DoRA: this file is for ComfyUI; diffusers would load a plain LoRA. {NORMS}")
     if kept:
         worst = min(kept, key=lambda name: kept[name])
         print(f"{len(kept)} LoKr became LoRA; least of the energy kept: {kept[worst]:.2%}, {worst}")
@@ -50,6 +59,8 @@ def convert(
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank: {rank} is no rank; it must be 1 or more.")
     source, kept = open_adapter(path), {}
+    if to == "diffusers":
+        check_magnitudes(source)
 
     def reduce(name: str, update: Update) -> Update:
         if rank is None or not isinstance(update, Kronecker):

@@ -5,6 +5,7 @@ Owns the report and the command. The loaders' verdicts are `loaders`'; for our o
 """
 
 import argparse
+import math
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,8 @@ from train.adapters.source import BASES, Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
 from train.loading.names import Shape
 
+REMEDY = "`kindling convert FILE OUTPUT --to diffusers` makes one that both load at strength 1"
+
 
 def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     """A JSON-able report on one adapter file.
@@ -27,7 +30,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     base that doesn't exist.
     """
     source = open_any(path)
-    pipeline = skeleton.pipeline(base or released(source), meta=_fuses_lokr(source))
+    pipeline = skeleton.pipeline(base or released(source), meta=loaders.fuses_lokr(source))
     shape = Shape.of(pipeline.transformer)
     meant = loaders.meant_by(source, shape)
     numbers = _numbers(source)
@@ -36,6 +39,7 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "comfyui": loaders.ask_comfyui(source, meant, shape),
     }
     misfits = source.misfits(shape)
+    exact = all(verdict["exact"] for verdict in verdicts.values())
     losses = {}
     if base is not None and base not in BASES and not (misfits or numbers["faults"]):
         losses = rounding.measure(source, Path(base))
@@ -51,9 +55,8 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
         "base": {"name": base or source.base, "given": base is not None}
         | {"width": shape.width, "double": shape.double, "single": shape.single},
         "adapter": _adapter(source),
-        "passed": not misfits
-        and not numbers["faults"]
-        and all(v["exact"] for v in verdicts.values()),
+        "passed": exact and not misfits and not numbers["faults"],
+        "remedy": None if exact or not _is_convertible(source, misfits, numbers) else REMEDY,
         "misfits": misfits,
         "unusable": source.broken,
         "numbers": numbers,
@@ -62,9 +65,10 @@ def examine(path: Path, *, base: str | None = None) -> dict[str, Any]:
     }
 
 
-def _fuses_lokr(source: Source) -> bool:
-    """Whether diffusers will fuse q, k and v for this file, which copies their weights."""
-    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
+def _is_convertible(source: Source, misfits: dict[str, str], numbers: dict[str, Any]) -> bool:
+    """Whether `kindling convert` makes a file of it that both loaders take."""
+    plain = all("up" in unit.keys and not unit.magnitudes for unit in source.units.values())
+    return plain and not (source.unknown or source.broken or misfits or numbers["faults"])
 
 
 def _adapter(source: Source) -> dict[str, Any]:
@@ -105,7 +109,11 @@ def _numbers(source: Source) -> dict[str, Any]:
         if bad:
             faults.append(f"{unit.name}: {bad} numbers aren't finite")
             continue
-        size = norms[unit.name] = _norm(whole)
+        size = _norm(whole)
+        if not math.isfinite(size):
+            faults.append(f"{unit.name}: its update is too large for fp32")
+            continue
+        norms[unit.name] = size
         if not size:
             zero.append(unit.name)
     if zero and len(zero) == len(norms):

@@ -11,21 +11,22 @@ told a strength, and alpha / rank is folded into lora_B.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.adapters import files, layouts
-from train.adapters.intent import PEFT_METADATA, PREFIX
+from train.adapters import comfyui, files, layouts
+from train.adapters.intent import DORA_NORMS, PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import LowRank
 from train.adapters.write import save
 from train.config import Config
 from train.errors import CheckpointError
-from train.lora import BLOCK_LINEAR, Adapter
+from train.lora import BLOCK_LINEAR, Adapter, AnyAdapter
+from train.lora.base import weights
 
 KEY = re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 KINDS = {
@@ -73,7 +74,7 @@ class Facts:
     licence: str | None = None
 
 
-def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
+def describe(facts: Facts, adapter: AnyAdapter) -> dict[str, str]:
     """Metadata for `write`: ModelSpec 1.0.0, the ss_* fields that are true here, and our own.
 
     ss_network_alpha is the file's, where the scale is folded in; kindling.alpha is the run's, such
@@ -109,6 +110,7 @@ def describe(facts: Facts, adapter: Adapter) -> dict[str, str]:
         "kindling.config_hash": facts.config_hash,
         "kindling.data_hash": facts.data_hash,
         "kindling.steps": facts.steps,
+        "kindling.kind": None if adapter.kind == "lora" else adapter.kind,
         "kindling.rank": adapter.rank,
         "kindling.alpha": adapter.alpha,
         "kindling.weights": facts.weights,
@@ -145,35 +147,49 @@ def settings(config: Config) -> dict[str, str]:
 
 
 def write(
-    adapter: Adapter,
+    adapter: AnyAdapter,
     path: Path,
     *,
     dtype: torch.dtype,
     metadata: dict[str, str],
     layout: str = "diffusers",
+    transformer: nn.Module | None = None,
 ) -> None:
     """Write an adapter, with its hash and peft's settings added; by default the one file for both.
 
-    An old file of that name stays until the new one is complete and checked. Raises
-    CheckpointError on weights that aren't finite, ConfigError where dtype can't hold them, and
-    MachineError where the disk refuses.
+    DoRA has no file for both: the layout diffusers is for diffusers, the others are for ComfyUI and
+    need the base's `transformer`, by whose row norms ComfyUI divides. An old file of that name
+    stays until the new one is complete and checked. Raises CheckpointError on weights that aren't
+    finite or that the layout can't hold, ConfigError where dtype can't hold them, and MachineError
+    where the disk refuses.
     """
-    save(groups(adapter), path, layout=layout, dtype=dtype, metadata=metadata)
+    base = None
+    if adapter.kind == "dora" and layout != "diffusers":
+        assert transformer is not None, "DoRA for ComfyUI needs the base's weights"
+        base = transformer
+        metadata = metadata | {DORA_NORMS: "base"}
+    save(groups(adapter, base=base), path, layout=layout, dtype=dtype, metadata=metadata)
 
 
-def groups(adapter: Adapter) -> Iterator[tuple[str, Group]]:
-    """A trained adapter's updates as `write.save` takes them, in the model's order."""
-    assert adapter.down.keys() == adapter.up.keys()
-    found: dict[str, Group] = {}
-    for module, down in adapter.down.items():
+def groups(adapter: AnyAdapter, *, base: nn.Module | None = None) -> Iterator[tuple[str, Group]]:
+    """A trained adapter's updates as `write.save` takes them, in the model's order.
+
+    base: given, magnitudes are turned into what ComfyUI makes the same weights of.
+    """
+    found: dict[str, list[str]] = {}
+    for module in adapter.modules:
         assert BLOCK_LINEAR.match(module), f"{module} has no place in ComfyUI's layout"
         target = layouts.find(module)
         assert target is not None
-        update = LowRank(adapter.up[module], down, adapter.scale)
-        found.setdefault(target.weight, {})[module] = update
+        found.setdefault(target.weight, []).append(module)
     for weight in sorted(found, key=layouts.order):
-        group = found[weight]
-        yield weight, {m: group[m] for m in layouts.group_of(weight) if m in group}
+        modules = [module for module in layouts.group_of(weight) if module in found[weight]]
+        group: Group = {module: adapter.update(module) for module in modules}
+        for module, tensor in weights(base, modules) if base is not None else ():
+            update = group[module]
+            assert isinstance(update, LowRank)
+            group[module] = replace(update, magnitude=comfyui.dora_scale(update, tensor))
+        yield weight, group
 
 
 def read(path: Path) -> Adapter:

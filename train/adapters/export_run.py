@@ -10,12 +10,19 @@ from typing import Any
 import torch
 
 from train import checkpoint
-from train.adapters import certify, export
+from train.adapters import certify, export, usage
 from train.adapters.write import LAYOUTS
 from train.checkpoint import Checkpoint
 from train.config import Config, ExportConfig, reading
 from train.errors import CheckpointError
-from train.loading.base import DTYPES, LICENCES, Base, resolve
+from train.loading.base import (
+    DTYPES,
+    LICENCES,
+    MAX_TEXT_TOKENS,
+    Base,
+    max_text_tokens,
+    resolve,
+)
 from train.loading.names import Shape
 from train.validation import verdict
 from train.validation.verdict import History
@@ -30,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         type=_layouts,
-        default=("diffusers",),
         metavar="LAYOUT,...",
-        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too",
+        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too, and of "
+        "DoRA, where it doesn't, comfyui beside it",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="instead of the config's export.dtype")
     parser.add_argument(
@@ -49,14 +56,25 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output or run / f"{config.name}.safetensors"
     transformer = base.load_transformer(device, cache=Path(config.cache))
     passed = True
-    for layout in arguments.format:
+    formats = arguments.format or formats_of(config)
+    for layout in formats:
         path = output
-        if layout != "diffusers" and (arguments.output is None or len(arguments.format) > 1):
-            path = output.with_name(f"{output.stem}-{layout}{output.suffix}")
+        if arguments.output is None or len(formats) > 1:
+            path = place(output, layout)
         certificate = publish(config, base, transformer, chosen, path=path, layout=layout)
         print(summary(certificate, path))
         passed &= certificate["passed"]
     return 0 if passed else 1
+
+
+def formats_of(config: Config) -> tuple[str, ...]:
+    """The layouts that diffusers and ComfyUI need: one of DoRA for each, otherwise one for both."""
+    return ("diffusers", "comfyui") if config.lora.kind == "dora" else ("diffusers",)
+
+
+def place(path: Path, layout: str) -> Path:
+    """Of a layout's file: the name alone is diffusers'."""
+    return path if layout == "diffusers" else path.with_name(f"{path.stem}-{layout}{path.suffix}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,8 @@ def publish(
     path: Path,
     layout: str = "diffusers",
 ) -> dict[str, Any]:
-    """Write a checkpoint's adapter to `path` and its certificate beside it; returns the latter.
+    """Write a checkpoint's adapter to `path`, and beside it its certificate, which is returned, and
+    what helps to use it.
 
     transformer: the base's, without adapters; it is handed back unchanged. layout: one of
     `write.LAYOUTS`.
@@ -144,12 +163,36 @@ def publish(
     metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
     metadata |= export.settings(config)
     dtype = DTYPES[config.export.dtype]
-    export.write(adapter, path, dtype=dtype, metadata=metadata, layout=layout)
+    export.write(
+        adapter, path, dtype=dtype, metadata=metadata, layout=layout, transformer=transformer
+    )
     pipeline = base.pipeline(transformer=transformer)
-    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline)
+    loaders = certify.LOADERS
+    if adapter.kind == "dora":  # the names of its magnitudes are known to one of them each
+        loaders = ("diffusers",) if layout == "diffusers" else ("comfyui",)
+    certificate = certify.certify(path, adapter=adapter, pipeline=pipeline, loaders=loaders)
     certificate["checkpoint"] = chosen.facts()
     certify.write_certificate(certificate, path)
+    usage.write(_usage(config, base, transformer, path), path, certificate)
     return certificate
+
+
+def _usage(config: Config, base: Base, transformer: Any, path: Path) -> usage.Usage:
+    shape = Shape.of(transformer)
+    trigger = next((data.trigger for data in config.sets if data.trigger), None)
+    released = usage.released_as(shape.width, shape.double, shape.single)
+    return usage.Usage(
+        file=path.name,
+        pipeline=base.family.pipeline,
+        base=base.name,
+        released=released,
+        distilled=base.distilled,
+        prompt=usage.prompt_for(trigger, config.preview.prompts),
+        side=max(config.data.resolutions),
+        tokens=MAX_TEXT_TOKENS if released else max_text_tokens(base.load_tokenizer()),
+        weights=config.base.transformer,
+        revision=base.revision,
+    )
 
 
 def summary(certificate: dict[str, Any], path: Path) -> str:
@@ -157,10 +200,12 @@ def summary(certificate: dict[str, Any], path: Path) -> str:
     facts = certificate["checkpoint"]
     lines = f"checkpoint: {facts['rule']}, step {facts['step']}; {facts['reason']}\n"
     lines += f"adapter: {path} ({path.stat().st_size / 1e6:.1f} MB)\n"
+    if helps := usage.beside(path):
+        lines += f"to use it: {', '.join(help.name for help in helps)}\n"
     if certificate["passed"]:
-        return (
-            f"{lines}certificate: loads in diffusers and in ComfyUI at strength 1, every key used"
-        )
+        loaders = " and in ".join(certify.TITLES[loader] for loader in certificate["for"])
+        only = "" if len(certificate["for"]) > 1 else "; for no other loader"
+        return f"{lines}certificate: loads in {loaders} at strength 1, every key used{only}"
     reasons = "\n".join(f"  {reason}" for reason in certificate["reasons"])
     return f"{lines}certificate: FAILED\n{reasons}"
 

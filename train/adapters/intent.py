@@ -18,6 +18,11 @@ PEFT_METADATA = "lora_adapter_metadata"
 PREFIX = "transformer."
 
 
+DORA_NORMS = "kindling.dora_norms"
+"""In the metadata of DoRA for ComfyUI, which divides by the norms of the base's rows, not of the
+changed weight's: its dora_scale is then the magnitude times the one over the other."""
+
+
 @dataclass(frozen=True)
 class Intent:
     """Strengths that a file states in its metadata, in peft's words."""
@@ -47,14 +52,37 @@ def read(path: Path, metadata: dict[str, str]) -> Intent:
         found = {k.removeprefix(PREFIX): v for k, v in settings.items()}
         rank, alpha = found.get("r"), found.get("lora_alpha")
         return Intent(
-            None if rank is None else float(rank),
-            None if alpha is None else float(alpha),
-            {k: float(v) for k, v in (found.get("rank_pattern") or {}).items()},
-            {k: float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
+            None if rank is None else _positive(rank),
+            None if alpha is None else _finite(alpha),
+            {_pattern(k): _positive(v) for k, v in (found.get("rank_pattern") or {}).items()},
+            {_pattern(k): _finite(v) for k, v in (found.get("alpha_pattern") or {}).items()},
             bool(found.get("use_rslora")),
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {PEFT_METADATA} is damaged ({error}).") from None
+
+
+def _pattern(text: str) -> str:
+    """Raises ValueError for one that a hostile file could keep a reader busy with for years."""
+    if re.search(r"\)[*+{]", text):
+        raise ValueError(f"the pattern {text!r} repeats a group")
+    return text
+
+
+def _finite(value: Any) -> float:
+    """Raises ValueError."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha of {number}")
+    return number
+
+
+def _positive(value: Any) -> float:
+    """Raises ValueError."""
+    number = _finite(value)
+    if number <= 0:
+        raise ValueError(f"a rank of {number:g}")
+    return number
 
 
 def _by_pattern(patterns: dict[str, float], module: str, default: float | None) -> float | None:

@@ -7,20 +7,29 @@ Owns these verdicts; what else there is to say of a file is `examine`'s.
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from train.adapters import comfyui, layouts
+from train.adapters import comfyui, layouts, updates
 from train.adapters.source import Source, Unit
-from train.adapters.updates import Factors, Kronecker, LowRank, Update, inner
+from train.adapters.updates import (
+    Factors,
+    Kronecker,
+    LowRank,
+    Update,
+    inner,
+    kronecker_distance,
+)
 from train.loading.names import SWAPPED, Place, Shape, diffusers_places
 
 NAME = "examined"
@@ -67,9 +76,18 @@ def _meant(source: Source, unit: Unit, shape: Shape) -> dict[str, Update] | Kron
     return source.unit(unit, shape)
 
 
+def fuses_lokr(source: Source) -> bool:
+    """Whether diffusers will fuse q, k and v for this file, which copies their weights: it needs a
+    skeleton on meta."""
+    return any(len(u.target.modules) > 1 and "up" not in u.keys for u in source.units.values())
+
+
 def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]:
     """diffusers' verdict; the file stays loaded in the pipeline."""
     path = source.path
+    if _never_ends(source):
+        reason = "its loader never ends on an alpha below zero"
+        return _verdict(source, {}, dict.fromkeys(source.file.tensors, FAILS), [reason])
     try:
         with _quiet():
             pipeline.load_lora_weights(
@@ -91,8 +109,7 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     keys |= _spare(source, "dora_scale", "magnitude")
     reasons = []
     lora = [layer for layer in layers.values() if isinstance(layer, LoraLayer)]
-    is_dora = any(unit.magnitudes for unit in source.units.values())
-    if is_dora and not any(layer.use_dora.get(NAME) for layer in lora):
+    if source.is_dora and not any(layer.use_dora.get(NAME) for layer in lora):
         reasons.append("DoRA's magnitudes are dropped: it loads a plain LoRA, another adapter")
     strangers = sorted(set(layers) - {m for u in source.units.values() for m in _places(u)})
     if strangers:
@@ -100,13 +117,22 @@ def ask_diffusers(source: Source, meant: Meant, pipeline: Any) -> dict[str, Any]
     return _verdict(source, found, keys, reasons)
 
 
+def _never_ends(source: Source) -> bool:
+    """diffusers doubles alpha / rank until it is no longer small, in files with lora_down."""
+    down = any(key.end == ".lora_down.weight" for key in source.keys)
+    alphas = map(source.alpha, source.units.values()) if down else ()
+    return any(alpha is not None and alpha < 0 for alpha in alphas)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' own words on what the verdict says."""
+    """Without diffusers' and peft's own words on what the verdict says: peft lists every module."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
 
@@ -135,7 +161,7 @@ def _loaded(
         if layer is None:
             return Found(IGNORED)
         if isinstance(update, Kronecker):
-            return Found(UNKNOWN)
+            return _lokr_loaded(update, layer)
         if not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
             return Found(IGNORED)
         halves: list[Any] = [layer.lora_B[NAME].weight, layer.lora_A[NAME].weight]
@@ -144,6 +170,44 @@ def _loaded(
         loaded = LowRank(halves[0].detach(), halves[1].detach(), layer.scaling[NAME])
         pairs.append((update.factors(TYPE), loaded.factors(TYPE)))
     return _compared(pairs)
+
+
+def _lokr_loaded(meant: Kronecker, layer: BaseTunerLayer) -> Found:
+    if not isinstance(layer, LoKrLayer):
+        return Found(IGNORED)
+    parts = {
+        end: getattr(layer, f"lokr_{end}")[NAME].detach()
+        for end in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+        if NAME in getattr(layer, f"lokr_{end}")
+    }
+    if any(part.is_meta for part in parts.values()):
+        return Found(FAILS)
+    left, right = (
+        parts[side] if side in parts else parts[f"{side}_a"] @ parts[f"{side}_b"]
+        for side in ("w1", "w2")
+    )
+    return _kronecker_compared(meant, Kronecker(left, right, layer.scaling[NAME]))
+
+
+def _kronecker_compared(meant: Kronecker, found: Kronecker) -> Found:
+    """As `_compared`, by the sides."""
+    if meant.left.shape != found.left.shape:
+        return Found(DIFFERS)
+    size = updates.norm(meant) ** 2
+    products = (
+        torch.sum(one.double() * two.double()).item()
+        for one, two in ((meant.left, found.left), (meant.right, found.right))
+    )
+    product = meant.scale * found.scale * math.prod(products)
+    if not math.isfinite(size + product):
+        return Found(UNKNOWN)
+    if not size:
+        return Found(USED if not updates.norm(found) else DIFFERS)
+    strength = product / size
+    rest = kronecker_distance(replace(meant, scale=strength * meant.scale), found)
+    if rest > EXACT * max(abs(strength), 1.0) * size**0.5:
+        return Found(DIFFERS, strength, product, size)
+    return _strength(strength, size)
 
 
 def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
@@ -174,6 +238,13 @@ def ask_comfyui(source: Source, meant: Meant, shape: Shape) -> dict[str, Any]:
     keys |= dict.fromkeys(reading.not_computed, UNKNOWN)
     keys |= _spare(source, "magnitude", "dora_scale")
     reasons = []
+    scales = [key for key in reading.used if key.endswith(".dora_scale")]
+    if scales and not source.for_comfyui:
+        keys |= dict.fromkeys(scales, UNKNOWN)
+        reasons.append(
+            "it divides DoRA's magnitudes by the norms of the base's rows, not of the changed "
+            "weight's: near to what is meant, not equal"
+        )
     if reading.refusal:
         reasons.append(f"its loader stops: {reading.refusal}")
         found = {name: Found(FAILS) for name in found}
@@ -202,9 +273,9 @@ def _kronecker_found(
     patch = next(
         (p for at, p in reading.patches.items() if any(at.overlap(s) for s in spans)), None
     )
-    if not isinstance(patch, Kronecker):
+    if not isinstance(patch, Kronecker) or not isinstance(meant, Kronecker):
         return Found(IGNORED)
-    return _strength(patch.scale / meant.scale, meant.scale**2) if meant.scale else Found(USED)
+    return _kronecker_compared(meant, patch)
 
 
 def _compared(pairs: list[tuple[Factors, Factors]]) -> Found:

@@ -32,10 +32,24 @@ def open_adapter(path: Path) -> Source:
             f"{path}: '{source.unknown[0]}' {why} ({len(source.unknown)} such keys). "
             "`kindling certify` says what is in the file."
         )
+    check_whole(source)
+    return source
+
+
+def check_magnitudes(source: Source) -> None:
+    """Raises CheckpointError for DoRA's magnitudes that are right in ComfyUI alone."""
+    if source.for_comfyui:
+        raise CheckpointError(
+            f"{source.path}: DoRA for ComfyUI, whose magnitudes make up for ComfyUI's norms and "
+            "aren't DoRA's. The run's own file for diffusers has them: `kindling export RUN`."
+        )
+
+
+def check_whole(source: Source) -> None:
+    """Raises CheckpointError where a name's keys can't be used."""
     if source.broken:
         name, fault = next(iter(source.broken.items()))
-        raise CheckpointError(f"{path}: {name} {fault} ({len(source.broken)} such names).")
-    return source
+        raise CheckpointError(f"{source.path}: {name} {fault} ({len(source.broken)} such names).")
 
 
 def _what_instead(source: Source) -> str:

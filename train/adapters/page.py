@@ -35,6 +35,8 @@ def as_text(report: dict[str, Any]) -> str:
         if verdict["advice"]:
             lines.append(f"{'':<12}{verdict['advice']}")
     lines += [f"{'fault:':<12}{fault}" for fault in _faults(report)]
+    if report["remedy"]:
+        lines.append(f"{'remedy:':<12}{report['remedy']}")
     return "\n".join(lines)
 
 
@@ -49,6 +51,8 @@ def as_html(report: dict[str, Any]) -> str:
         extra = [*verdict["reasons"], *([verdict["advice"]] if verdict["advice"] else [])]
         rows += _row(loader, "<br>".join([text, *map(escape, extra)]))
     rows += "".join(_row("fault", escape(fault)) for fault in _faults(report))
+    if report["remedy"]:
+        rows += _row("remedy", escape(report["remedy"]))
     keys = "".join(
         f"<tr><td><code>{escape(key)}</code><td>{escape(status)}"
         f"<td>{escape(report['comfyui']['keys'][key])}"

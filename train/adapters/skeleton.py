@@ -5,6 +5,7 @@ is really there and can be read.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ def pipeline(base: str, *, meta: bool = False) -> Any:
     base: dev, klein-4b, klein-9b, toy, or a folder in diffusers' layout (its weights aren't read).
     meta: leave everything on the meta device, for loaders that copy weights. Raises ConfigError.
     """
+    folder = Path(NAMED_BASES["toy"] if base == "toy" else base)
+    return of_settings(SHAPES[base].config() if base in SHAPES else settings_of(folder), meta=meta)
+
+
+def of_settings(config: Mapping[str, Any], *, meta: bool = False) -> Any:
+    """The same, from the arguments of a Flux2Transformer2DModel."""
     import diffusers
 
-    folder = Path(NAMED_BASES["toy"] if base == "toy" else base)
-    config = SHAPES[base].config() if base in SHAPES else settings_of(folder)
     with torch.device("meta"):
         transformer = diffusers.Flux2Transformer2DModel(**config)
     if not meta:

@@ -17,7 +17,15 @@ from torch import Tensor
 from train.adapters import intent, layouts
 from train.adapters.files import File
 from train.adapters.layouts import Key, Target
-from train.adapters.updates import Kronecker, LowRank, Update, halves_swapped, rows_of, tensors_of
+from train.adapters.updates import (
+    Factors,
+    Kronecker,
+    LowRank,
+    Update,
+    halves_swapped,
+    rows_of,
+    tensors_of,
+)
 from train.errors import CheckpointError
 from train.loading.names import SWAPPED, Shape
 from train.loading.shapes import HEAD_WIDTH, SHAPES
@@ -129,6 +137,16 @@ class Source:
             return "is LoKr with a DoRA magnitude"
         return None
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether any unit has magnitudes."""
+        return any(unit.magnitudes for unit in self.units.values())
+
+    @property
+    def for_comfyui(self) -> bool:
+        """Whether its magnitudes make up for ComfyUI's other norms: see `intent.DORA_NORMS`."""
+        return self.is_dora and intent.DORA_NORMS in self.file.metadata
+
     @cached_property
     def layout(self) -> str:
         """In a few words."""
@@ -163,13 +181,16 @@ class Source:
         return None
 
     def alpha(self, unit: Unit) -> float | None:
-        """What the unit's alpha tensor says. Raises CheckpointError if it isn't one number."""
+        """What the unit's alpha tensor says. Raises CheckpointError unless it is one number."""
         if "alpha" not in unit.keys:
             return None
         tensor = self.file.get(unit.keys["alpha"])
         if tensor.numel() != 1:
             raise CheckpointError(f"{self.path}: {unit.keys['alpha']} isn't one number.")
-        return float(tensor.float())
+        value = float(tensor.float())
+        if not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: {unit.keys['alpha']} is {value}.")
+        return value
 
     def scale(self, unit: Unit) -> float:
         """At which its product was meant: its alpha tensor's, else the metadata's, else 1."""
@@ -188,14 +209,15 @@ class Source:
             if len(sizes) > 1 and not torch.equal(*sizes):
                 raise CheckpointError(f"{self.path}: {unit.name} has two DoRA magnitudes.")
             return LowRank(up, down, self.scale(unit), sizes[0] if sizes else None)
-        return Kronecker(self._side(unit, "lokr_w1"), self._side(unit, "lokr_w2"), self.scale(unit))
+        (left, _), (right, halves) = self._side(unit, "lokr_w1"), self._side(unit, "lokr_w2")
+        return Kronecker(left, right, self.scale(unit), halves)
 
-    def _side(self, unit: Unit, side: str) -> Tensor:
-        """A LoKr factor, multiplied out if it is stored as two."""
+    def _side(self, unit: Unit, side: str) -> tuple[Tensor, Factors | None]:
+        """A LoKr factor, and the two that it is the product of, if it is stored so."""
         if side in unit.keys:
-            return self.file.get(unit.keys[side])
-        halves = [self.file.get(unit.keys[f"{side}_{half}"]).float() for half in "ab"]
-        return halves[0] @ halves[1]
+            return self.file.get(unit.keys[side]), None
+        up, down = (self.file.get(unit.keys[f"{side}_{half}"]) for half in "ab")
+        return up.float() @ down.float(), (up, down)
 
     def unit(
         self, unit: Unit, shape: Shape | None = None, *, reduce: Reduce | None = None

@@ -18,6 +18,9 @@ from train.errors import CheckpointError
 Factors = tuple[Tensor, Tensor]
 """An update as up @ down: (out, k) and (k, in)."""
 
+ROWS = 1024
+"""Of a weight that are made fp32 at a time: 100 MB on dev at most."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -54,6 +57,8 @@ class Kronecker:
     left: Tensor
     right: Tensor
     scale: float = 1.0
+    halves: Factors | None = None
+    """Whose product `right` is, where it is kept as two."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,6 +76,22 @@ def tensors_of(update: Update) -> list[Tensor]:
         return [update.left, update.right]
     tensors = [update.up, update.down]
     return tensors if update.magnitude is None else [*tensors, update.magnitude]
+
+
+def row_squares(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Squared norms of a weight's rows, (out,). weight: (out, in) of any float type."""
+    return torch.cat([part.detach().to(dtype).square().sum(1) for part in weight.split(ROWS)])
+
+
+def changed_squares(weight: Tensor, up: Tensor, down: Tensor, *, squares: Tensor) -> Tensor:
+    """Squared norms of the rows of weight + up @ down, (out,), in up's type.
+
+    squares: `row_squares` of the weight. |w + b A|^2 = |w|^2 + 2 (w A^T) b + b (A A^T) b for a row:
+    neither the product nor the whole weight in up's type is ever made. Exactly `squares` where up
+    is zero.
+    """
+    cross = torch.cat([part.to(down.dtype) @ down.T for part in weight.split(ROWS)])
+    return squares + torch.sum((2 * cross + up @ (down @ down.T)) * up, dim=1)
 
 
 def inner(one: Factors, two: Factors) -> float:
@@ -111,6 +132,20 @@ def svd(update: Update) -> tuple[Tensor, Callable[[int], Factors]]:
     (left, r_left), (right, r_right) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     return s, lambda k: (left @ u[:, :k], v[:k] @ right.T)
+
+
+def kronecker_distance(one: Kronecker, two: Kronecker) -> float:
+    """|one - two|_F of sides of the same shapes, without cancellation.
+
+    kron(l, r) - kron(l', r') = kron(l - l', r) + kron(l', r - r').
+    """
+    left, right = one.scale * one.left.double(), one.right.double()
+    other = two.scale * two.left.double(), two.right.double()
+    off_left, off_right = left - other[0], right - other[1]
+    squares = off_left.square().sum() * right.square().sum()
+    squares += 2 * torch.sum(off_left * other[0]) * torch.sum(right * off_right)
+    squares += other[0].square().sum() * off_right.square().sum()
+    return squares.clamp(min=0).sqrt().item()
 
 
 def truncated(

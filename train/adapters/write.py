@@ -4,6 +4,11 @@
   comfyui    diffusion_model. + BFL's names, lora_A/lora_B, q, k and v fused: both load it
   kohya      lora_unet_ + BFL's names with _, lora_down/lora_up and alpha: both load it
 
+DoRA's magnitudes have a name for each loader, lora_magnitude_vector for diffusers and dora_scale
+for ComfyUI, and neither reads the other's: the first layout is for diffusers, the others are for
+ComfyUI. They stay fp32, as many numbers as a weight has rows: in bf16 a whole row would be off by
+up to 0.4 %. LoKr has LyCORIS' names, lokr_w1 and on; under kohya with its prefix lycoris_, too.
+
 The scale is folded into the up half everywhere, in fp32 before rounding, since neither loader can
 be told one in every layout; kohya's alpha is the rank, so that its scale is 1. Updates come in and
 go out one BFL weight at a time. Owns names, rounding and what is said of both; the container is
@@ -29,6 +34,8 @@ from train.adapters.updates import (
     Update,
     halves_swapped,
     inner,
+    kronecker_distance,
+    norm,
     stacked,
 )
 from train.errors import CheckpointError, ConfigError
@@ -96,15 +103,14 @@ def _diffusers(
 ) -> Iterator[Named]:
     for module, update in group.items():
         if isinstance(update, Kronecker):
-            yield from _lokr(f"{PREFIX}{module}", update, dtype, module)
+            yield from _lokr(f"{PREFIX}{module}", update, dtype, module, outcome)
             continue
         down, up = _halves(update, dtype, module, outcome)
         yield f"{PREFIX}{module}.lora_A.weight", down
         yield f"{PREFIX}{module}.lora_B.weight", up
         if update.magnitude is not None:
-            magnitude = _rounded(update.magnitude.float(), dtype or update.magnitude.dtype, module)
+            magnitude = _rounded(update.magnitude, _writable(update.magnitude.dtype), module)
             yield f"{PREFIX}{module}.lora_magnitude_vector", magnitude
-            yield f"{PREFIX}{module}.dora_scale", magnitude[:, None]
 
 
 def _bfl(
@@ -112,9 +118,20 @@ def _bfl(
 ) -> Iterator[Named]:
     kohya = layout == "kohya"
     name = f"lora_unet_{weight.replace('.', '_')}" if kohya else f"diffusion_model.{weight}"
+    if kohya and not _one_lokr(weight, group):
+        for module, update in group.items():
+            assert isinstance(update, Kronecker)
+            flat = f"lycoris_{module.replace('.', '_')}"
+            yield from _lokr(flat, update, dtype, module, outcome)
+            rank = 1 if update.halves is None else len(update.halves[1])
+            yield f"{flat}.alpha", torch.tensor(float(rank))
+        return
+    if layout == "comfyui" and not _one_dora(weight, group):
+        yield from _rows_of_dora(group, dtype, outcome)
+        return
     update = fused(weight, group)
     if isinstance(update, Kronecker):
-        yield from _lokr(name, update, dtype, weight)
+        yield from _lokr(name, update, dtype, weight, outcome)
         return
     down, up = _halves(update, dtype, weight, outcome)
     yield f"{name}.{'lora_down' if kohya else 'lora_A'}.weight", down
@@ -122,8 +139,38 @@ def _bfl(
     if kohya:
         yield f"{name}.alpha", torch.tensor(float(update.rank))
     if update.magnitude is not None:
-        own = dtype or update.magnitude.dtype
-        yield f"{name}.dora_scale", _rounded(update.magnitude.float()[:, None], own, weight)
+        yield f"{name}.dora_scale", _column(update.magnitude, weight)
+
+
+def _column(magnitude: Tensor, name: str) -> Tensor:
+    """A magnitude as ComfyUI takes it for one of rows: (out, 1), never rounded."""
+    return _rounded(magnitude, _writable(magnitude.dtype), name)[:, None]
+
+
+def _one_lokr(weight: str, group: Group) -> bool:
+    """Whether a group isn't LoKr, or came from one over all modules of its BFL weight."""
+    rights = [u.right for u in group.values() if isinstance(u, Kronecker)]
+    whole = len(rights) == len(layouts.group_of(weight)) > 1
+    return not rights or (whole and all(right is rights[0] for right in rights))
+
+
+def _one_dora(weight: str, group: Group) -> bool:
+    """Whether a group isn't DoRA, or has magnitudes for all rows of its BFL weight."""
+    dora = [isinstance(u, LowRank) and u.magnitude is not None for u in group.values()]
+    return not any(dora) or (all(dora) and len(dora) == len(layouts.group_of(weight)))
+
+
+def _rows_of_dora(group: Group, dtype: torch.dtype | None, outcome: Outcome) -> Iterator[Named]:
+    """Under diffusers' names, which ComfyUI takes for those rows of its weight."""
+    for module, update in group.items():
+        if isinstance(update, Kronecker):
+            yield from _lokr(f"{PREFIX}{module}", update, dtype, module, outcome)
+            continue
+        down, up = _halves(update, dtype, module, outcome)
+        yield f"{PREFIX}{module}.lora_A.weight", down
+        yield f"{PREFIX}{module}.lora_B.weight", up
+        if update.magnitude is not None:
+            yield f"{PREFIX}{module}.dora_scale", _column(update.magnitude, module)
 
 
 def fused(weight: str, group: Group) -> Update:
@@ -144,7 +191,7 @@ def fused(weight: str, group: Group) -> Update:
     if any(dora) and (not all(dora) or len(low) < len(names)):
         raise CheckpointError(
             f"{weight}: only some of q, k and v are DoRA, and BFL's names hold them as one weight. "
-            "Convert to diffusers' names, which both loaders know."
+            "The comfyui layout can hold it under diffusers' names."
         )
     return stacked([group.get(name) for name in names], low[0].size[0])
 
@@ -156,9 +203,11 @@ def _fused_kronecker(weight: str, parts: list[Update | None]) -> Kronecker:
     if len(alike) < len(parts):
         raise CheckpointError(
             f"{weight}: LoKr of q, k and v with factors of their own can't be one LoKr of BFL's "
-            "fused weight. Convert to diffusers' names, or --rank N makes plain LoRA of it."
+            "fused weight. The layout diffusers is loaded by ComfyUI, too; kindling convert --rank "
+            "N makes plain LoRA of it."
         )
-    return Kronecker(torch.cat([part.left for part in alike]), first.right, first.scale)
+    left = torch.cat([part.left for part in alike])
+    return Kronecker(left, first.right, first.scale, first.halves)
 
 
 def _halves(
@@ -185,11 +234,25 @@ def _distance(meant: Factors, written: Factors) -> float:
     return (max(gap, 0.0) / size) ** 0.5 if size else 0.0
 
 
-def _lokr(name: str, update: Kronecker, dtype: torch.dtype | None, module: str) -> Iterator[Named]:
+def _lokr(
+    name: str, update: Kronecker, dtype: torch.dtype | None, module: str, outcome: Outcome
+) -> Iterator[Named]:
+    """The factors, the scale in the left one; what rounding costs goes to the outcome."""
     left = update.scale * update.left.float()
-    yield f"{name}.lokr_w1", _rounded(left, dtype or _writable(update.left.dtype), module)
-    right = update.right.float()
-    yield f"{name}.lokr_w2", _rounded(right, dtype or _writable(update.right.dtype), module)
+    halves = update.halves or (update.right,)
+    ends = ("w1", "w2") if update.halves is None else ("w1", "w2_a", "w2_b")
+    kept = (update.left.dtype, *(half.dtype for half in halves))
+    written = [
+        _rounded(factor.float(), dtype or _writable(own), module)
+        for factor, own in zip((left, *halves), kept, strict=True)
+    ]
+    right = written[1].float() if update.halves is None else written[1].float() @ written[2].float()
+    size = norm(update)
+    error = kronecker_distance(update, Kronecker(written[0], right)) / size if size else 0.0
+    if error > outcome.error:
+        outcome.error, outcome.worst = error, module
+    for end, factor in zip(ends, written, strict=True):
+        yield f"{name}.lokr_{end}", factor
 
 
 def _writable(dtype: torch.dtype) -> torch.dtype:

@@ -179,7 +179,8 @@ class MemoryConfig(Section):
     """How a run fits the GPU. None of it changes what is learnt."""
 
     budget_gb: Positive | None = None
-    """GB (10^9 bytes) of GPU memory that auto settings may use; none means what the GPU has."""
+    """GB (10^9 bytes) of GPU memory that auto settings may use, of which they leave a small margin;
+    none means what the GPU has."""
     gradient_checkpointing: Literal["all", "none", "auto"] | Count = "all"
     """Blocks whose activations are recomputed in the backward pass: far less memory, about a third
     more time. A number n: every n-th block. auto: as few as fit the budget."""
@@ -190,10 +191,19 @@ class MemoryConfig(Section):
     and streamed in ahead of their use. auto: as many as fit the budget."""
 
     @model_validator(mode="after")
-    def _something_is_offloaded(self) -> Self:
+    def _nothing_is_ignored(self) -> Self:
+        problems = {}
         if self.offload_activations and self.gradient_checkpointing == "none":
             fault = "has no effect with gradient_checkpointing: none; remove it"
-            raise conflict({"offload_activations": fault})
+            problems["offload_activations"] = fault
+        decided = "auto" in (self.gradient_checkpointing, self.resident_blocks)
+        if self.budget_gb is not None and not decided:
+            problems["budget_gb"] = (
+                "has no effect unless gradient_checkpointing or resident_blocks is auto; set one "
+                "of them to auto, or remove it"
+            )
+        if problems:
+            raise conflict(problems)
         return self
 
 
@@ -295,6 +305,7 @@ class Config(Section):
                 f"pissa needs the base's own weights, not base.quantize: {self.base.quantize}; "
                 "remove one of the two"
             )
+        problems |= self._kind_problems()
         problems |= self._average_problems()
         if not self.preview.texts:
             unused = "has no effect without preview.prompts or edits; remove it or add some"
@@ -311,6 +322,26 @@ class Config(Section):
         if problems:
             raise conflict(problems)
         return self
+
+    def _kind_problems(self) -> dict[str, str]:
+        """What a kind of adapter can't have."""
+        problems = {}
+        if self.lora.kind == "dora" and self.base.quantize != "none":
+            problems["lora.kind"] = (
+                f"dora trains the lengths of the base's rows, and those of base.quantize: "
+                f"{self.base.quantize} aren't those of the weights that the file is used with; use "
+                "lora or lokr, or remove base.quantize"
+            )
+        if self.lora.kind == "dora" and self.optim.name == "muon":
+            problems["optim.name"] = "muon is for matrices, but dora's magnitudes are vectors"
+        if self.lora.kind == "lokr" and self.base.quantize == "nf4":
+            problems["lora.kind"] = (
+                "lokr can't be loaded onto base.quantize: nf4, since peft asks the weights for "
+                "their shape, which nf4 packs; use fp8 or int8, or lora"
+            )
+        if self.lora.kind == "lokr" and self.optim.lora_plus is not None:
+            problems["optim.lora_plus"] = "is for up matrices, which lora.kind: lokr doesn't have"
+        return problems
 
     def _average_problems(self) -> dict[str, str]:
         """What is wrong with the settings about averaged weights."""

@@ -25,21 +25,33 @@ UNUSED = {
 class LoraConfig(Section):
     """The adapter."""
 
+    kind: Literal["lora", "dora", "lokr"] = "lora"
+    """lora: a weight's update is a product of two low-rank matrices. dora: and the length of each
+    of its rows is trained for itself; a file for diffusers and another one for ComfyUI. lokr: the
+    update is a Kronecker product of a small matrix and a large one, itself of low rank."""
     targets: Literal["attention", "blocks", "diffusers"] | tuple[str, ...] = "blocks"
     """blocks: all Linears of all blocks. attention: their attention. diffusers: that library's
     default set. Or a list of regular expressions on module names, each of which must match."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of each update."""
+    """Rank of each update; of lokr's large matrix, which is whole where that is no larger."""
+    factor: Annotated[int, Field(ge=2, le=64)] = 8
+    """Rows and columns of lokr's small matrix; the large one has so many times fewer than the
+    weight. Must divide all that is adapted."""
     alpha: Positive | None = None
     """Strength of the update is alpha / rank; none means alpha = rank, so strength 1."""
     rslora: bool = False
     """Strength alpha / sqrt(rank) instead (rsLoRA), so that one alpha suits all ranks."""
     dropout: Below1 = 0.0
     """Dropout on the adapter's input."""
-    init: Literal["default", "pissa"] = "default"
+    init: Literal["default", "pissa", "eva"] = "default"
     """default: down random, up zero. pissa: both start as the main directions of the weight that
     they update, which is taken off again, so the first picture is the base's here too. Costs a
-    second, frozen branch in each step and twice the rank in the exported file."""
+    second, frozen branch in each step and twice the rank in the exported file. eva: down starts as
+    the main directions of what the weight is given, found in passes over the first pictures before
+    the first step; up zero."""
+    compute: Literal["base", "fp32"] = "base"
+    """Type that the update is computed in. base: the base's, as in inference, from fp32 weights.
+    fp32: as peft does it, and always for dora and lokr; far more memory on a bf16 base."""
 
     @property
     def scale(self) -> float:
@@ -63,6 +75,25 @@ class LoraConfig(Section):
     def _rslora_has_alpha(self) -> Self:
         if self.rslora and self.alpha is None:
             raise conflict({"rslora": "needs lora.alpha: the strength is alpha / sqrt(rank)"})
+        return self
+
+    @model_validator(mode="after")
+    def _kind_can(self) -> Self:
+        problems = {}
+        if self.kind != "lokr" and "factor" in self._changed():
+            problems["factor"] = f"has no effect with kind: {self.kind}; remove it"
+        if self.kind == "lokr" and self.init != "default":
+            problems["init"] = f"{self.init} starts a down matrix, which lokr doesn't have"
+        if self.kind == "lokr" and self.rslora:
+            problems["rslora"] = "is a strength for low-rank products, which lokr isn't; set alpha"
+        if self.kind == "dora" and self.init == "pissa":
+            problems["init"] = "pissa takes its start off the output, dora scales whole weights"
+        if self.kind != "lora" and "compute" in self._changed():
+            problems["compute"] = f"is fp32 with kind: {self.kind}, whatever it says; remove it"
+        if self.kind != "lora" and self.dropout:
+            problems["dropout"] = f"{self.kind} has no input of its own to drop; remove it"
+        if problems:
+            raise conflict(problems)
         return self
 
 

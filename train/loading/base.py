@@ -40,6 +40,12 @@ NAMED_BASES = {
 }
 """klein means the base checkpoints: an adapter trained on a distilled one draws grey pictures."""
 
+DISTILLED = {
+    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+}
+"""The step-distilled checkpoints of the same shapes, which adapters are used on and not trained."""
+
 LICENCES = {
     "dev": "FLUX.2-dev Non-Commercial License",
     "klein-4b": "Apache-2.0",
@@ -67,6 +73,17 @@ class Family:
     true_cfg: bool
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How pictures are made unless the user says otherwise."""
+
+    steps: int
+    guidance: float
+    """Embedded in dev, true guidance on klein; 1 is none."""
+
+
+FULL, FEW = Inference(50, 4.0), Inference(4, 1.0)
+
 FAMILIES = {
     "Flux2Pipeline": Family(
         "dev", "Flux2Pipeline", "Mistral3ForConditionalGeneration", (10, 20, 30), "left", False
@@ -90,6 +107,11 @@ class Base:
     quantize: str = "none"
     transformer: Path | None = None
     """The file that has the transformer's weights instead of the base's own."""
+
+    @property
+    def inference(self) -> Inference:
+        """The authors' defaults."""
+        return FEW if self.distilled else FULL
 
     def folder(self, part: str) -> Path:
         """The local folder of one part, fetched first if the base is on the hub."""

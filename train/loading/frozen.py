@@ -13,6 +13,7 @@ A product is one opaque operator, for torch.compile too: were the cast visible, 
 merge forward's with backward's and keep the unpacked weight between them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -105,7 +106,8 @@ class FrozenLinear(nn.Linear):
         """(..., in) -> (..., out), in the input's type."""
         state = [self.get_parameter(name) for name in STATE[self.kind]]
         if self.fp8_matmul:
-            return _Fp8Product.apply(input, *state)
+            y = _Fp8Product.apply(input.flatten(0, -2), *state)
+            return y if input.ndim == 2 else y.unflatten(0, input.shape[:-1])  # no needless view
         shape = (self.out_features, self.in_features)
         return _Product.apply(input, self.kind, shape, *state)
 
@@ -125,20 +127,17 @@ class _Product(torch.autograd.Function):
         assert state[-1].dtype == torch.float32, "scales were cast by .to()"
         ctx.save_for_backward(*state)
         ctx.kind, ctx.shape = kind, shape
-        y = matmul(x, state, kind, shape, False)
-        return y if kind == "nf4" else y.mul_(state[1])
+        return matmul(x, state, kind, shape, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, state = grads[0], ctx.saved_tensors
-        if ctx.kind != "nf4":
-            grad = grad.clone().mul_(state[1])  # grad * scale would be a whole fp32 tensor
-        grad_x = matmul(grad, state, ctx.kind, ctx.shape, True)
+        state = ctx.saved_tensors
+        grad_x = matmul(grads[0], state, ctx.kind, ctx.shape, True)
         return grad_x, None, None, *(None for _ in state)
 
 
 class _Fp8Product(torch.autograd.Function):
-    """The same for kind fp8 with the product itself in fp8, x and grad scaled row by row.
+    """The same for kind fp8 and x of (M, in), the product itself in fp8, x and grad scaled by row.
 
     x W^T = (qx q^T) * sx * scale; in grad W = (grad * scale) q the scale is on the side that is
     summed over, so it goes into the gradient before that is quantised.
@@ -147,18 +146,16 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        rows, row_scale = quantize_rows(x.flatten(0, -2))
-        y = scaled_matmul(rows, row_scale, weight, scale, x.dtype, False)
-        return y.unflatten(0, x.shape[:-1])
+        rows, row_scale = quantize_rows(x)
+        return scaled_matmul(rows, row_scale, weight, scale, x.dtype, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grad = grads[0]
-        rows, row_scale = quantize_rows(grad.flatten(0, -2) * scale)
+        rows, row_scale = quantize_rows(grad * scale)
         ones = torch.ones_like(weight[0], dtype=torch.float32)
-        grad_x = scaled_matmul(rows, row_scale, weight, ones, grad.dtype, True)
-        return grad_x.unflatten(0, grad.shape[:-1]), None, None
+        return scaled_matmul(rows, row_scale, weight, ones, grad.dtype, True), None, None
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,9 +167,24 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kindling::frozen_matmul", mutates_args=())
 def matmul(x: Tensor, state: list[Tensor], kind: str, shape: list[int], transposed: bool) -> Tensor:
-    """x Q^T, or x Q if transposed, Q the unpacked weight of `shape` without its row scales."""
-    weight = _unpack(state, kind, shape, x.dtype)
-    return torch.matmul(x, weight) if transposed else functional.linear(x, weight)
+    """x W^T, or x W if transposed, W the unpacked weight of `shape`.
+
+    All of it is in here: a result scaled in place outside would have two names, of which dynamo of
+    torch 2.11 gives the wrong one its gradient, without a word.
+    """
+    return multiply(x, _unpack(state, kind, shape, x.dtype), state, kind, transposed)
+
+
+def multiply(
+    x: Tensor, weight: Tensor, state: Sequence[Tensor], kind: str, transposed: bool
+) -> Tensor:
+    """The same with the weight unpacked, for fp8 and int8 without its row scales."""
+    if kind == "nf4":
+        return torch.matmul(x, weight) if transposed else functional.linear(x, weight)
+    if transposed:
+        x = x.clone().mul_(state[1])  # x * scale would be a whole fp32 tensor
+        return torch.matmul(x, weight)
+    return functional.linear(x, weight).mul_(state[1])
 
 
 @matmul.register_fake
@@ -187,9 +199,12 @@ def scaled_matmul(
     """(rows Q^T) * row_scale * scale, or with Q if `back`; fp8 operands, fp32 sums.
 
     The second operand must lie in memory column by column. Q^T does; Q has to be turned, which
-    moves 2 bytes a weight.
+    moves 2 bytes a weight. On a CPU, where torch 2.11 knows no scales of rows, in fp32.
     """
     q = weight.view(FP8)
+    if not rows.is_cuda:
+        product = rows.float() @ (q if back else q.t()).float()
+        return product.mul_(row_scale).mul_(scale).to(dtype)
     columns = weight.t().contiguous().view(FP8).t() if back else q.t()
     scales = {"scale_a": row_scale, "scale_b": scale[None]}
     return torch._scaled_mm(rows, columns, out_dtype=dtype, use_fast_accum=False, **scales)
@@ -257,9 +272,9 @@ def _unpack_nf4(
     blocks = -(-shape[0] * shape[1] // BLOCK)
     maxima = (absmax * scale[:, None]).view(-1)[:blocks]
     dequantize_4bit = torch.ops.bitsandbytes.dequantize_4bit
-    # as one row: on CPUs, its kernel lets each row begin a block (0.50), which quantising doesn't
-    flat = dequantize_4bit(codes, maxima, BLOCK, "nf4", [1, shape[0] * shape[1]], dtype)
-    return flat.view(*shape)
+    # its CPU kernel (0.50.2) begins a block with each row: rows of broken blocks are given as one
+    rows = list(shape) if shape[1] % BLOCK == 0 else [1, shape[0] * shape[1]]
+    return dequantize_4bit(codes, maxima, BLOCK, "nf4", rows, dtype).view(*shape)
 
 
 def _maxima(count: int, columns: int) -> tuple[int, int]:

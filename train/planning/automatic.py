@@ -48,7 +48,8 @@ def settle(
         raise ConfigError(
             f"memory: the smallest that these settings allow takes "
             f"{budget.needed(decision.need.gpu) / GB:.1f} GB of GPU memory, and there are "
-            f"{limit / GB:.1f}. `kindling plan` says which change fits."
+            f"{budget.usable(limit) / GB:.1f} without the margin. `kindling plan` says which "
+            "change fits."
         )
     said = budget.shown(choice, blocks=double + single)
     room = "no limit known" if limit is None else f"{limit / GB:.1f} GB"

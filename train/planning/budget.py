@@ -15,6 +15,13 @@ CONTEXT = 600 * 10**6
 """Assumed, not measured yet: the CUDA context, cuBLAS' and cuDNN's own memory."""
 FRAGMENTATION = 0.05
 """Assumed, not measured yet: what the allocator reserves beyond what is allocated, a share."""
+MARGIN = 0.03
+"""Share of a GPU's memory that plans leave free: for a desktop and other programs, and because the
+two constants above and the kernels' own workspace haven't been measured."""
+
+GATHERED = 4
+"""Largest blocks that are whole at once where the base is in parts on several GPUs: measured on two
+CPU processes, the same for FSDP2 and ZeRO-3; on a GPU not yet."""
 
 STATE = {
     "adamw": 8.0,
@@ -121,14 +128,29 @@ class Decision:
     fits: bool
 
 
+def usable(memory: int | float) -> int:
+    """GPU memory less the margin."""
+    return int(memory * (1 - MARGIN))
+
+
 def allowed(memory: int | float) -> int:
-    """What torch may allocate of a GPU's memory: less what isn't torch's, and its own slack."""
-    return int((memory - CONTEXT) / (1 + FRAGMENTATION))
+    """What torch may allocate of a GPU: less the margin, what isn't torch's, and its own slack."""
+    return int((usable(memory) - CONTEXT) / (1 + FRAGMENTATION))
 
 
 def needed(allocated: int | float) -> int:
-    """The inverse: GPU memory for so much allocated."""
+    """GPU memory that so much allocated takes; the margin isn't in it."""
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
+
+
+def sharded(footprint: Footprint, *, processes: int) -> Footprint:
+    """What each of several processes holds that have the base in parts.
+
+    What is outside the blocks is gathered all along, and some blocks are.
+    """
+    blocks = tuple(replace(b, weights=-(-b.weights // processes)) for b in footprint.blocks)
+    gathered = footprint.others + GATHERED * max(block.weights for block in footprint.blocks)
+    return replace(footprint, blocks=blocks, others=footprint.others // processes + gathered)
 
 
 def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:

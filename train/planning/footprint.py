@@ -236,7 +236,7 @@ def _matmul(
     maxima = torch.empty_like(state[1], dtype=torch.float32) if kind == "nf4" else None
     weight = x.new_empty(tuple(shape))
     del maxima
-    return torch.matmul(x, weight) if transposed else nn.functional.linear(x, weight)
+    return frozen.multiply(x, weight, state, kind, transposed)
 
 
 def _scaled_matmul(

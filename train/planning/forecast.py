@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.buckets import Geometry
 from train.config import Config
 from train.config.schema import PIXEL_MULTIPLE
+from train.errors import ConfigError
 from train.planning import budget, phases
 from train.planning.budget import Decision, Footprint
 from train.planning.facts import Facts
@@ -27,6 +28,8 @@ class Room:
     gpu: Gpu | None
     ram: int | None
     disk: int | None
+    processes: int = 1
+    """GPUs of its kind that the base is in parts on."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,20 @@ def forecast(
     step = phases.step_of(config, pictures.target, pictures.references)
     metered = meters.step(config.lora, step)
     limit = limit_of(config, room.gpu)
+    apart = room.processes > 1
     decision = budget.decide(
-        metered,
+        budget.sharded(metered, processes=room.processes) if apart else metered,
         config.memory,
         optim=config.optim,
         ema=config.train.ema is not None,
-        budget=None if limit is None else budget.allowed(limit),
+        budget=None if limit is None or apart else budget.allowed(limit),  # as a run decides
     )
-    case = Case(config, facts, pictures, room.gpu, meters, metered, decision)
+    if apart and decision.choice.resident < len(metered.blocks):
+        raise ConfigError(
+            "memory.resident_blocks: a base in parts on several GPUs can't be streamed, too. Write "
+            "all, or plan without --sharded."
+        )
+    case = Case(config, facts, pictures, room.gpu, meters, metered, decision, room.processes)
     listed = tuple(phases.phases(case))
     lacking = tuple(_lacking(listed, facts, limit=limit, room=room))
     return Forecast(config, pictures, metered, decision, listed, limit, lacking)
@@ -90,8 +99,9 @@ def _lacking(
 ) -> Iterator[str]:
     for phase in listed:
         need = budget.needed(phase.gpu) if phase.gpu else 0
-        if limit is not None and need > limit:
-            yield f"{phase.name}: {need / GB:.1f} GB of GPU memory, there are {limit / GB:.1f}"
+        if limit is not None and need > (usable := budget.usable(limit)):
+            have = f"{usable / GB:.1f} of {limit / GB:.1f} without the margin"
+            yield f"{phase.name}: {need / GB:.1f} GB of GPU memory, there are {have}"
         if room.ram is not None and phase.ram > room.ram:
             yield f"{phase.name}: {phase.ram / GB:.0f} GB of RAM, there are {room.ram / GB:.0f}"
     disk = facts.fetched + sum(phase.disk for phase in listed)
@@ -160,7 +170,9 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _sensible(config: Config, changes: Mapping[str, Any]) -> bool:
-    """Whether all of it is a change, and one for less memory."""
+    """Whether all of it is a change, and one for less memory; auto has tried all values."""
+    if any(_value(config, name) == "auto" for name in changes):
+        return False
     if "preview.width" in changes and not config.preview.texts:
         return False
     if changes.get("base.quantize") == "fp8" and config.base.quantize != "none":

@@ -31,8 +31,8 @@ class Gpu:
 
 
 SHARE = 0.5
-"""Assumed, not measured yet: what training reaches of a data sheet's matrix products. The fp32
-low-rank branches, attention and what isn't a matrix product are in it."""
+"""Assumed, not measured yet: what training reaches of a data sheet's matrix products. The low-rank
+branches, attention and what isn't a matrix product are in it."""
 SHARE_MEASURED = 0.6
 """Assumed, not measured yet: the same of the measured rate of large products."""
 LINK_SHARE = 0.8
@@ -47,16 +47,26 @@ def _card(name: str, gib: float, tflops: float, gigabytes: float, link: float) -
 CARDS = {
     12: _card("RTX 4070", 11.6, 58.3, 504, 31.5),
     16: _card("RTX 4080", 15.5, 97.5, 717, 31.5),
-    24: _card("RTX 4090", 23.5, 165.2, 1008, 31.5),
+    24: _card("RTX 4090", 23.6, 165.2, 1008, 31.5),
     32: _card("RTX 5090", 31.3, 209.5, 1792, 63.0),
     48: _card("L40S", 44.3, 362.0, 864, 31.5),
     80: _card("H100 SXM", 79.1, 989.4, 3350, 63.0),
     141: _card("H200", 139.7, 989.4, 4800, 63.0),
 }
-"""By the size that a card is sold as. Memory is assumed: about what torch reports on cards of that
-name, which is less than the name says (drivers, ECC); an L4 or A10G, also sold as 24 GB, has about
-22 GiB. Matrix products are NVIDIA's data sheets': dense, bf16, summed in fp32; so are the rates of
-memory. Link: one direction of PCIe 4.0 or 5.0 x16."""
+"""By the size that a card is sold as.
+
+Products are dense, bf16, summed in fp32: twice the fp32 rate of GeForce cards (NVIDIA's Ada and RTX
+Blackwell architecture papers), the data sheets' for the others (L40S 362.05, H100 and H200 989.4;
+what they print large is with sparsity, twice that). Memory rates are the data sheets', the link is
+one direction of PCIe 4.0 or 5.0 x16. Compared in November 2026 with third-party lists, not with
+NVIDIA's own pages, which weren't at hand: waredb.com (4090), thefpsreview.com (4070, 4090),
+hmc-tech.com (L40S, where it has 366; H100), itkb.uw.cz (H200); no list had the 4080's and the
+5090's tensor rate apart from their fp32 one.
+
+Memory is what torch reports, less than the name says (drivers, ECC): 23.64 to 23.68 GiB of an RTX
+4090 (github.com/tloen/llama-int8/issues/7, ali-vilab/VGen#104), 31.36 of a 5090
+(TrajectoryCrafter#20, Wan-Video/Wan2.1#465). The others' are assumed. An L4 or A10G, also sold as
+24 GB, has about 22."""
 
 
 def at_hand() -> Gpu | None:

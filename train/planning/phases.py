@@ -129,6 +129,8 @@ class Case:
     meters: Meters
     metered: Footprint
     decision: Decision
+    processes: int = 1
+    """That have the base in parts."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,8 +152,8 @@ class Case:
 
 def phases(case: Case) -> list[Phase]:
     """All phases, in order."""
-    need = case.decision.need
-    return [
+    need, file = case.decision.need, 2 * case.metered.parameters
+    listed = [
         Phase("read the pictures", 0, PROCESS, 0, None),
         _encode_pictures(case),
         _encode_captions(case),
@@ -159,10 +161,9 @@ def phases(case: Case) -> list[Phase]:
         _train(case),
         *_validation(case),
         *_previews(case),
-        Phase(
-            "export, certificate", need.held, PROCESS, 2 * case.metered.parameters, EXPORT_SECONDS
-        ),
+        Phase("export, certificate", need.held, PROCESS, file, EXPORT_SECONDS),
     ]
+    return [replace(phase, ram=phase.ram * case.processes) for phase in listed]
 
 
 def _encode_pictures(case: Case) -> Phase:
@@ -208,19 +209,22 @@ def _text_cache(case: Case) -> int:
 
 
 def _load(case: Case) -> Phase:
-    quantized = case.config.base.quantize != "none"
+    quantized, need = case.config.base.quantize != "none", case.decision.need
     copy = case.metered.weights if quantized else 0
-    ram = PROCESS + LOADING + case.decision.need.ram
+    whole = case.metered.weights if case.processes > 1 else 0  # read into RAM, then cut
     read = _size_of(case.facts, "transformer") / DISK_RATE
     note = "the quantised copy stays on disk" if quantized else ""
-    return Phase("load the transformer", case.decision.need.held, ram, copy, read, note)
+    ram = PROCESS + LOADING + need.ram + whole
+    return Phase("load the transformer", need.held, ram, copy, read, note)
 
 
 def _train(case: Case) -> Phase:
     config, train, need = case.config, case.config.train, case.decision.need
-    one = case.gpu and step_seconds(
-        case.facts.transformer, case.step, case.metered, case.decision.choice, gpu=case.gpu
-    )
+    shape, choice = case.facts.transformer, case.decision.choice
+    one = case.gpu and step_seconds(shape, case.step, case.metered, choice, gpu=case.gpu)
+    if case.gpu and one:  # the others' parts, in the forward and in the backward
+        gathered = 2 * (1 - 1 / case.processes) * case.metered.weights
+        one = max(one, gathered / (case.gpu.link * LINK_SHARE))
     seconds = one and one * train.accumulate * train.steps
     averages = train.ema is not None or config.optim.name == "schedulefree"
     parts = 1 + averages + (config.lora.init == "pissa")  # files like the adapter's own

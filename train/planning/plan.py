@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base = facts.of(config.base)
     gpu = machine.CARDS[options.gpu] if options.gpu else machine.at_hand()
-    room = _room(config, gpu, elsewhere=options.gpu is not None)
+    room = _room(config, gpu, elsewhere=options.gpu is not None, processes=options.sharded)
     meters = phases.Meters(base)
     found = forecast.forecast(config, base, _pictures(config), room=room, meters=meters)
     remedy = None if found.fits else forecast.remedy(found, base, room=room, meters=meters)
@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=SIZES,
         help="plan for a card of so many GB instead of this machine's",
     )
+    parser.add_argument(
+        "--sharded",
+        type=_processes,
+        default=1,
+        metavar="N",
+        help="the base in parts on so many such cards of one machine, as with "
+        "configs/accelerate/fsdp2.yaml or deepspeed.yaml; with ddp.yaml each takes what one does",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as lora.rank=32"
@@ -71,17 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _room(config: "Config", gpu: "Gpu | None", *, elsewhere: bool) -> "Room":
+def _processes(text: str) -> int:
+    """Of --sharded. Raises argparse's error below two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of cards from 2 on")
+    return int(text)
+
+
+def _room(config: "Config", gpu: "Gpu | None", *, elsewhere: bool, processes: int) -> "Room":
     """What this machine has; of another one only the card is known."""
     from train.doctor import available_memory
     from train.planning.forecast import Room
 
     if elsewhere:
-        return Room(gpu, None, None)
+        return Room(gpu, None, None, processes)
     ram = available_memory()
     output = Path(config.output).absolute()
     place = next(path for path in (output, *output.parents) if path.exists())
-    return Room(gpu, None if ram is None else int(ram), shutil.disk_usage(place).free)
+    return Room(gpu, None if ram is None else int(ram), shutil.disk_usage(place).free, processes)
 
 
 def _pictures(config: "Config") -> "Pictures":
@@ -144,6 +159,11 @@ def _heading(found: "Forecast", facts: "Facts", room: "Room", path: Path) -> str
     else:
         where = f"a card like the {gpu.name}, {gpu.total / GB:.1f} GB as torch sees it (assumed)"
     lines = [f"{path}: {facts.name} on {where}"]
+    if room.processes > 1:
+        lines.append(
+            f"{room.processes} of them, a part of the base on each: GPU memory is of one, RAM of "
+            f"all {room.processes} processes, which each read the whole base first"
+        )
     if found.config.memory.budget_gb is not None:
         lines.append(f"memory.budget_gb: {found.config.memory.budget_gb:g}")
     pictures = found.pictures
@@ -222,7 +242,9 @@ def _verdict(found: "Forecast", remedy: "Remedy | None") -> str:
     if found.fits and found.limit is None:
         return "Fits this machine's RAM and disk; there is no GPU to compare with."
     if found.fits:
-        return "It fits."
+        most = max(needed(phase.gpu) for phase in found.phases if phase.gpu)
+        assert found.limit is not None
+        return f"It fits: {most / GB:.1f} of {found.limit / GB:.1f} GB of GPU memory at most."
     lines = ["It doesn't fit:", *(f"  {line}" for line in found.lacking)]
     if remedy is None:
         lines.append("No change of settings that a plan knows makes it fit.")
@@ -265,11 +287,13 @@ def _marks(found: "Forecast", room: "Room") -> str:
     from train.planning import budget, machine, phases
 
     lines = [
-        "computed: files by the published shapes; weights, gradients, activations and operations "
-        "by the real training code without numbers; a compiled step counts as an eager one",
+        "computed, and not compared with a GPU yet: files by the published shapes; weights, "
+        "gradients, activations and operations by the real training code without numbers; a "
+        "compiled step counts as an eager one",
         f"assumed, not measured yet: {_gb(budget.CONTEXT)} CUDA context, "
         f"{budget.FRAGMENTATION:.0%} allocator slack, {_gb(phases.PROCESS)} RAM of the process, "
-        f"{_gb(phases.LOADING)} more while loading",
+        f"{_gb(phases.LOADING)} more while loading; a margin of {budget.MARGIN:.0%} of the GPU's "
+        "memory is left free for that and for other programs",
     ]
     if room.gpu is not None:
         share = machine.SHARE_MEASURED if room.gpu.here else machine.SHARE

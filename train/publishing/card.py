@@ -5,9 +5,11 @@ Owns its front matter and its words. Facts are `facts`', the licence's are `lice
 
 from typing import Any
 
+from train.adapters.certify import TITLES
+from train.adapters.usage import Usage, diffusers_snippet
+from train.loading.base import DISTILLED
 from train.publishing import licences, pictures
-from train.publishing.facts import Publication
-from train.publishing.snippet import diffusers_snippet
+from train.publishing.facts import Exported, Publication
 
 TAGS = ["text-to-image", "lora", "diffusers", "template:sd-lora", "flux2", "comfyui", "kindling"]
 """template:sd-lora makes the hub show the samples as a gallery."""
@@ -87,13 +89,21 @@ def _use(publication: Publication, place: str) -> str:
     best = pictures.best(publication.shown.samples, next(iter(publication.triggers), None))
     prompt = best.prompt if best else ", ".join(publication.triggers) or "a lighthouse at dusk"
     side = max(publication.config.data.resolutions)
-    code = diffusers_snippet(publication, place=place, prompt=prompt, side=side)
-    rows = [
-        f"- `{exported.path.name}`: {_LAYOUTS[exported.layout]}"
-        for exported in publication.exported
-    ]
+    usage = Usage(
+        file=publication.exported[0].path.name,
+        pipeline=publication.certificate["diffusers"]["pipeline"],
+        base=publication.repository or publication.base,
+        released=publication.released,
+        distilled=publication.repository in DISTILLED.values(),
+        prompt=prompt,
+        side=side,
+        revision=publication.revision,
+    )
+    code = diffusers_snippet(usage, repository=place)
+    rows = [f"- `{one.path.name}`: {_purpose(one)}" for one in publication.exported]
     main = publication.exported[0].path
-    comfyui = f"In ComfyUI, put `{main.name}` into `models/loras`"
+    fit = next((one for one in publication.exported if "comfyui" in one.loaders), None)
+    comfyui = f"In ComfyUI, put `{(fit or publication.exported[0]).path.name}` into `models/loras`"
     if publication.workflows:
         names = " or ".join(f"`{path.name}`" for path in publication.workflows)
         comfyui += f" and open {names}"
@@ -101,15 +111,18 @@ def _use(publication: Publication, place: str) -> str:
         f"## Use\n\n```python\n{code}```\n\n{comfyui}.\n\n"
         + "\n".join(rows)
         + f"\n\n`{main.stem}.certificate.json` is the proof: diffusers' own loader uses every key "
-        "at strength 1 and the output is the trained adapter's; ComfyUI's loading rules too.\n"
+        "at strength 1 and the output is the trained adapter's; ComfyUI's loading rules too, for "
+        "each file that is for it.\n"
     )
 
 
-_LAYOUTS = {
-    "diffusers": "for diffusers and ComfyUI",
-    "comfyui": "the same in BFL's names, for ComfyUI and diffusers",
-    "kohya": "the same in kohya's names",
-}
+def _purpose(exported: Exported) -> str:
+    """Who loads a file, and whose names it has."""
+    loaders = " and ".join(TITLES[name] for name in exported.loaders)
+    return f"for {loaders}" + _NAMES[exported.layout]
+
+
+_NAMES = {"diffusers": "", "comfyui": ", in BFL's names", "kohya": ", in kohya's names"}
 
 
 def training_rows(publication: Publication) -> list[tuple[str, str]]:

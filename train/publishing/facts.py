@@ -26,7 +26,7 @@ from train.resumption import PICTURES
 RELEASED = {(s.width, s.double, s.single): name for name, s in SHAPES.items()}
 """Width, double and single blocks -> the released base that has them."""
 
-PARTS = {"passed", "reasons", "checkpoint", "adapter", "transformer", "diffusers"}
+PARTS = {"passed", "reasons", "checkpoint", "adapter", "transformer", "diffusers", "for"}
 """Of an export's certificate, that are needed here."""
 
 
@@ -50,6 +50,11 @@ class Exported:
     layout: str
     certificate: dict[str, Any]
     metadata: dict[str, str]
+
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        """Of `certify.LOADERS`, those that it is for."""
+        return tuple(self.certificate["for"])
 
 
 @dataclass(frozen=True)

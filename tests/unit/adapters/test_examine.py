@@ -99,6 +99,28 @@ def test_numbers_that_spoil_pictures_are_faults(base: Path, tmp_path: Path) -> N
     assert not report["passed"]
 
 
+def test_an_update_too_large_for_a_number_is_a_fault(base: Path, tmp_path: Path) -> None:
+    state = {key: 1e25 * tensor for key, tensor in tiny_state(base, size=1.0).items()}
+    report = examine.examine(save(state, tmp_path / "a.safetensors"), base=str(base))
+    json.dumps(report, allow_nan=False)
+    assert len(report["numbers"]["faults"]) == len(state) // 2
+    assert report["numbers"]["faults"][0].endswith("its update is too large for fp32")
+    assert not report["passed"]
+
+
+def test_an_alpha_below_zero_is_no_endless_loop(tmp_path: Path) -> None:
+    """diffusers' own loader would halve for ever."""
+    name, state = "lora_unet_double_blocks_0_img_attn_proj", {}
+    state[f"{name}.lora_down.weight"] = torch.ones(2, 3072)
+    state[f"{name}.lora_up.weight"] = torch.ones(3072, 2)
+    state[f"{name}.alpha"] = torch.tensor(-1.0)
+    report = examine.examine(save(state, tmp_path / "a.safetensors"))
+    assert report["diffusers"]["reasons"] == ["its loader never ends on an alpha below zero"]
+    assert not report["diffusers"]["loads"]
+    assert report["comfyui"]["exact"]
+    assert report["remedy"] == examine.REMEDY
+
+
 def test_an_adapter_of_zeros_is_a_fault(base: Path, tmp_path: Path) -> None:
     path = save(tiny_state(base, size=0.0), tmp_path / "a.safetensors")
     report = examine.examine(path, base=str(base))
@@ -150,6 +172,7 @@ def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "ComfyUI:    yes, but at strength 2 of what was trained\n" in output
     assert "set its strength to 0.5 to get the strength it was trained at" in output
     assert "scale 0.5 (from metadata)" in output
+    assert f"remedy:     {examine.REMEDY}\n" in output
     report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert report == examine.examine(path, base=str(base))
     page = (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -38,6 +38,16 @@ def cut(path: Path, *, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def stating(path: Path, **settings: object) -> None:
+    """With peft's settings in its metadata."""
+    text = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    save(random_lora(1), path, {"lora_adapter_metadata": text})
+
+
+def with_alpha(path: Path, alpha: float) -> None:
+    changed(path, add={f"{QUERY}.alpha": torch.tensor(alpha)})
+
+
 def torch_pickle(path: Path) -> None:
     torch.save({"weight": Bomb(path.parent / "exploded")}, path)
 
@@ -152,6 +162,14 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: save(random_lora(1), path, {"lora_adapter_metadata": "{"}),
         "lora_adapter_metadata is damaged",
     ),
+    "a stated rank of 0": (lambda p: stating(p, r=0, lora_alpha=1), "damaged (a rank of 0)"),
+    "a stated alpha of NaN": (
+        lambda p: stating(p, r=1, lora_alpha=float("nan")), "damaged (an alpha of nan)"
+    ),
+    "a pattern that never ends": (
+        lambda p: stating(p, r=1, lora_alpha=1, alpha_pattern={r"(\w+\.?)+x": 1}),
+        "repeats a group",
+    ),
 }  # fmt: skip
 
 INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -177,6 +195,8 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "is the same weight as",
     ),
+    "an alpha of NaN": (lambda path: with_alpha(path, float("nan")), "to_q.alpha is nan"),
+    "an alpha of infinity": (lambda path: with_alpha(path, float("inf")), "to_q.alpha is inf"),
     "NaN": (lambda path: with_numbers(path, float("nan")), "aren't finite"),
     "infinity": (lambda path: with_numbers(path, float("inf")), "aren't finite"),
 }

@@ -245,9 +245,12 @@ def test_into_a_folder_that_exists(base: Path, tmp_path: Path) -> None:
 def test_rows_are_changed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     update = bake.LowRank(torch.randn(10, 2), torch.randn(2, 5))
     weight = torch.randn(10, 5)
-    whole = bake.added(weight, update, bake.Baked())
-    monkeypatch.setattr(bake, "ROWS", 3)
-    torch.testing.assert_close(bake.added(weight, update, bake.Baked()), whole)
+    whole, pieces = weight.clone(), weight.clone()
+    bake.add_into(whole, update, bake.Baked())
+    monkeypatch.setattr(bake, "CHUNK", 15)
+    bake.add_into(pieces, update, bake.Baked())
+    torch.testing.assert_close(whole, weight + update.up @ update.down)
+    torch.testing.assert_close(pieces, whole)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -1,5 +1,6 @@
 """`kindling caption` as a user runs it."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_a_folder_becomes_a_data_set(root: Path, capsys: pytest.CaptureFixture) 
         "  2.png: zibby stands in shade 2.\n"
         "  ... and 3 more\n"
     )
+
+
+def test_masks_are_no_pictures_to_caption(root: Path) -> None:
+    for name in ("0.mask.png", "1-masklabel.png"):
+        shutil.copy(root / "2.png", root / name)
+    with serve(plain) as target:
+        assert run(target, root, "--add-unlisted") == 0
+        assert len(target.requests) == 6
+        assert run(target, root, "--add-unlisted", "--replace") == 0
+    assert rows(root / "metadata.jsonl").keys() == {f"{number}.png" for number in range(6)}
 
 
 def test_sidecars(root: Path) -> None:

@@ -62,6 +62,53 @@ def test_scale_of_rslora_is_alpha_over_the_root_of_the_rank() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sections", "messages"),
+    [
+        (
+            {"lora": {"kind": "dora", "factor": 4, "dropout": 0.1, "init": "pissa"}},
+            {
+                "lora.factor": "has no effect with kind: dora; remove it",
+                "lora.init": "pissa takes its start off the output, dora scales whole weights",
+                "lora.dropout": "dora has no input of its own to drop; remove it",
+            },
+        ),
+        (
+            {"lora": {"kind": "lokr", "rslora": True, "alpha": 2.0, "init": "eva"}},
+            {
+                "lora.init": "eva starts a down matrix, which lokr doesn't have",
+                "lora.rslora": "is a strength for low-rank products, which lokr isn't; set alpha",
+            },
+        ),
+        (
+            {"lora": {"kind": "dora"}, "base": {"quantize": "fp8"}, "optim": {"name": "muon"}},
+            {
+                "lora.kind": "dora trains the lengths of the base's rows, and those of "
+                "base.quantize: fp8 aren't those of the weights that the file is used with; use "
+                "lora or lokr, or remove base.quantize",
+                "optim.name": "muon is for matrices, but dora's magnitudes are vectors",
+            },
+        ),
+        (
+            {
+                "lora": {"kind": "lokr"},
+                "base": {"quantize": "nf4"},
+                "optim": {"lora_plus": 4.0},
+            },
+            {
+                "lora.kind": "lokr can't be loaded onto base.quantize: nf4, since peft asks the "
+                "weights for their shape, which nf4 packs; use fp8 or int8, or lora",
+                "optim.lora_plus": "is for up matrices, which lora.kind: lokr doesn't have",
+            },
+        ),
+    ],
+)
+def test_a_kind_of_adapter_takes_what_it_is_given_or_says_so(
+    sections: dict[str, object], messages: dict[str, str]
+) -> None:
+    assert problems(**sections) == messages
+
+
+@pytest.mark.parametrize(
     ("optim", "messages"),
     [
         (
@@ -124,6 +171,16 @@ def test_averages_are_shown_only_where_there_are_any() -> None:
         "gradients is no place for pictures",
     }
     assert Config.model_validate(MINIMAL | {"train": train, "export": {"weights": "last"}})
+
+
+def test_a_budget_is_for_auto_settings() -> None:
+    fault = "has no effect unless gradient_checkpointing or resident_blocks is auto; set one of "
+    fault += "them to auto, or remove it"
+    assert problems(memory={"budget_gb": 20.0}) == {"memory.budget_gb": fault}
+    both = {"budget_gb": 20.0, "gradient_checkpointing": "none", "offload_activations": True}
+    assert problems(memory=both).keys() == {"memory.budget_gb", "memory.offload_activations"}
+    for key in ("gradient_checkpointing", "resident_blocks"):
+        Config.model_validate(MINIMAL | {"memory": {"budget_gb": 20.0, key: "auto"}})
 
 
 def test_pissa_needs_the_bases_own_weights() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config.reading import SYNONYMS, digest, dump, load
+from train.config.reading import digest, dump, load
+from train.config.wording import SYNONYMS
 from train.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +47,7 @@ SETTINGS = [
     ("lora.rank: 3", "4: lora.rank: unknown key; in a file, write 'rank' below 'lora:'"),
     ("lorra: {rank: 3}", "4: lorra: unknown key; did you mean 'lora'?"),
     ("learning_rate: 3", "4: learning_rate: unknown key; did you mean 'optim.lr'?"),
-    ("lora: {qqq: 3}", "4: lora.qqq: unknown key; allowed here: targets, rank, alpha, rslora, dropout, init"),
+    ("lora: {qqq: 3}", "4: lora.qqq: unknown key; allowed here: kind, targets, rank, factor, alpha, rslora, dropout, init, compute"),
     ("zzz: 3", f"4: zzz: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),
     ("1: 3", f"4: 1: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),
     ("? [a]\n: 3", f"4: ['a']: unknown key; allowed here: name, output, cache, seed, {SECTIONS}"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools import folder, sources
+from data_tools import sources
 from data_tools.curate import command as curate
 from data_tools.curate import recipe
 from tests.unit.curate.studio import entries, files, made, rows, rules, scene, studio
@@ -49,7 +49,7 @@ def test_a_version(tmp_path: Path) -> None:
         if "file" in row and "crop" not in row:
             assert (version / row["file"]).read_bytes() == before[name]
     assert files(tmp_path / "in") == before
-    assert sources.gather(version / "train", folder.listing(version / "train")).faults == []
+    assert sources.gather(version / "train")[1].faults == []
     assert plan is not None
     assert curate.text(plan).splitlines()[:3] == [
         "13 pictures: 6 to train, 2 held out, 5 left out",

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import folder, sources
+from data_tools import sources
 from data_tools.exchange import import_data
 from data_tools.sources import Draft
 from tests.unit import hostile
@@ -20,7 +20,7 @@ from train.errors import DataError
 
 def drafts(root: Path) -> list[Draft]:
     """All that a folder says, but for the place where it says it."""
-    gathered = sources.gather(root, folder.listing(root))
+    _, gathered = sources.gather(root)
     assert gathered.faults == []
     found = [replace(draft, source="", extra=dict(draft.extra)) for draft in gathered.drafts]
     return sorted(found, key=lambda draft: draft.name)

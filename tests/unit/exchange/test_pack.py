@@ -51,6 +51,28 @@ def test_other_conventions_keep_captions_and_repeats(tmp_path: Path, container: 
     assert [record.repeats for record in records.read(data, progress=False).records] == [2, 10]
 
 
+@pytest.mark.parametrize("container", ["x.parquet", "x.tar", "x"])
+def test_masks_stay_masks(tmp_path: Path, container: str) -> None:
+    root = tmp_path / "in"
+    for name in ("a.png", "a.mask.png", "b.png"):
+        hostile.picture(root / name, seed=len(name))
+    assert pack.run(root, tmp_path / container) == 2
+    out = tmp_path / container
+    if out.is_file():
+        out = tmp_path / "out"
+        import_data.run(str(tmp_path / container), out)
+    assert contents(out) == contents(root)
+    data = DataConfig.model_validate(
+        {"path": str(out), "resolution": 64, "mask": "files", "trigger": "x"}
+        | {"missing_captions": "trigger"}
+    )
+    found = records.read(data, progress=False).records
+    assert [(row.name, row.mask) for row in found] == [
+        ("a.png", out / "a.mask.png"),
+        ("b.png", None),
+    ]
+
+
 def test_datasets_reads_what_is_packed(tmp_path: Path) -> None:
     root = tmp_path / "in"
     hostile.picture(root / "a.png")

@@ -39,7 +39,7 @@ def test_an_epoch_is_what_training_takes(root: Path, tmp_path: Path) -> None:
         {"file_name": "d.png", "text": "d"},
     ]
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = inspect._settings(
+    [settings] = inspect._settings(
         inspect._parser().parse_args([str(root), "--resolution", "64", "--batch-size", "2"])
     )
     data = settings.data.model_copy(update={"repeats": 3})
@@ -51,7 +51,7 @@ def test_an_epoch_is_what_training_takes(root: Path, tmp_path: Path) -> None:
 
 
 def test_several_resolutions_are_counted_each(root: Path) -> None:
-    settings = inspect._settings(inspect._parser().parse_args([str(root), "--resolution", "64"]))
+    [settings] = inspect._settings(inspect._parser().parse_args([str(root), "--resolution", "64"]))
     data = settings.data.model_copy(update={"resolution": (64, 80)})
     found = inspect.inspect(Settings(data, settings.schedule, None))
     assert sum(bucket.pictures for bucket in found.buckets) == 2 * len(found.rows) == 8

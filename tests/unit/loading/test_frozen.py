@@ -66,6 +66,14 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
+def test_rows_that_break_blocks_come_back_too():
+    """160 is the toy base's width. bitsandbytes' kernel for CPUs begins a block with each row."""
+    torch.manual_seed(0)
+    plain = nn.Linear(160, 96, bias=False)
+    plain.weight.data.normal_()
+    assert distance(unpacked(FrozenLinear.like(plain, "nf4")), plain.weight) < ERRORS["nf4"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weight_comes_back_within_its_formats_error(kind, dtype):
     plain = linear(dtype)

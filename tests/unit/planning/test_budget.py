@@ -138,7 +138,8 @@ def test_settings_in_numbers_are_taken_as_they_are() -> None:
 def test_a_budget_leaves_room_for_what_is_not_torchs() -> None:
     allowed = budget.allowed(24 * 10**9)
     assert allowed < 24 * 10**9 - budget.CONTEXT
-    assert budget.needed(allowed) == pytest.approx(24 * 10**9, abs=2)
+    assert budget.needed(allowed) == pytest.approx(budget.usable(24 * 10**9), abs=2)
+    assert budget.usable(24 * 10**9) == (1 - budget.MARGIN) * 24 * 10**9
 
 
 def test_a_choice_in_words() -> None:

@@ -1,6 +1,7 @@
 """`kindling plan`: the text of a plan, exit codes, the search for what fits, local bases."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from data_tools.buckets import Geometry
 from tests import runs
 from train.config import Config, reading
 from train.errors import ConfigError
@@ -31,7 +33,7 @@ CONFIG: dict[str, Any] = {
 }
 
 DEV_ON_24 = """\
-x.yaml: dev on a card like the RTX 4090, 25.2 GB as torch sees it (assumed)
+x.yaml: dev on a card like the RTX 4090, 25.3 GB as torch sees it (assumed)
 pictures: 20 to encode, 20 captions (assumed: 20, as a data folder isn't there); largest 1024x1024
 
 black-forest-labs/FLUX.2-dev: FLUX.2-dev Non-Commercial License; accept it on the hub and \
@@ -72,9 +74,14 @@ def test_the_text_of_a_plan(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--config", "x.yaml", "--gpu", "24", "--json", "x.json"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(DEV_ON_24)
-    assert "\nIt fits.\n" in text
+    assert re.search(r"\nIt fits: 2[0-4]\.\d of 25\.3 GB of GPU memory at most\.\n", text)
+    assert "a margin of 3% of the GPU's memory is left free" in text
     assert "memory: 56 of 56 blocks recomputed, all resident, their starts in RAM\n" in text
-    for kind in ("computed: ", "assumed, not measured yet: ", "published (NVIDIA): 165 TFLOP/s"):
+    for kind in (
+        "computed, and not compared with a GPU yet: ",
+        "assumed, not measured yet: ",
+        "published (NVIDIA): 165 TFLOP/s",
+    ):
         assert f"\n{kind}" in text
     table = text.split("\n\n")[2].splitlines()
     assert table[0].split() == ["phase", "GPU", "GB", "RAM", "GB", "disk", "GB", "time"]
@@ -89,7 +96,7 @@ def test_the_text_of_a_plan(capsys: pytest.CaptureFixture) -> None:
     ]
     report = json.loads(Path("x.json").read_text())
     trained = report["phases"][4]
-    assert 21e9 < trained["gpu"] < 23e9
+    assert 20e9 < trained["gpu"] < 23e9
     assert trained["gpu"] == report["need"]["gpu"]
     assert report["choice"]["recomputed"] == list(range(56))
     assert report["fits"] is True
@@ -99,7 +106,7 @@ def test_what_does_not_fit_is_said_with_the_smallest_change(capsys: pytest.Captu
     assert plan.main(["--config", "x.yaml", "--gpu", "16"]) == 2
     text = capsys.readouterr().out
     assert "It doesn't fit:\n  load the transformer: " in text
-    assert "GB of GPU memory, there are 16.6\n" in text
+    assert "GB of GPU memory, there are 16.1 of 16.6 without the margin\n" in text
     assert "  memory:\n    resident_blocks: auto\n" in text
 
 
@@ -220,6 +227,36 @@ def test_cards_of_the_option_are_those_of_the_table() -> None:
         assert 0.9 * size * 10**9 < card.total < size * 2**30
 
 
+def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
+    """Each of two cards holds half of the blocks, and what is gathered; each process reads all."""
+    tree = {**CONFIG, "memory": {"gradient_checkpointing": "all"}}
+    Path("two.yaml").write_text(json.dumps(tree))
+    plan.main(["--config", "two.yaml", "--gpu", "24", "--sharded", "2", "--json", "two.json"])
+    assert "\n2 of them, a part of the base on each: " in capsys.readouterr().out
+    plan.main(["--config", "two.yaml", "--gpu", "24", "--json", "one.json"])
+    two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+    config = Config.model_validate(tree)
+    base = facts.of(config.base)
+    whole = phases.Meters(base).step(config.lora, phases.step_of(config, Geometry(1024, 1024), ()))
+    blocks = [block.weights for block in whole.blocks]
+    saved = sum(blocks) / 2 - whole.others / 2 - budget.GATHERED * max(blocks)
+    assert one["need"]["held"] - two["need"]["held"] == pytest.approx(saved, abs=100)
+    load, alone = (plan["phases"][3]["ram"] for plan in (two, one))
+    assert load == 2 * (alone + whole.weights)
+
+
+@pytest.mark.parametrize("count", ["1", "two"])
+def test_one_part_is_no_sharding(count: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--config", "x.yaml", "--sharded", count])
+    assert f"{count!r} isn't a number of cards from 2 on" in capsys.readouterr().err
+
+
+def test_a_base_in_parts_is_not_streamed() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.resident_blocks: .* can't be streamed, too"):
+        plan.main(["--config", "x.yaml", "--sharded", "2", "memory.resident_blocks=10"])
+
+
 def test_lines_of_a_config() -> None:
     changes = {"memory.offload_activations": True, "base.quantize": "fp8"}
     assert list(plan.yaml_lines(changes)) == [
@@ -240,4 +277,4 @@ def test_durations(seconds: float, words: str) -> None:
 def test_slack_is_in_what_is_shown() -> None:
     found, *_ = make(24)
     assert phase(found, "train").gpu == found.decision.need.gpu
-    assert budget.needed(found.decision.need.gpu) <= CARDS[24].total
+    assert budget.needed(found.decision.need.gpu) <= budget.usable(CARDS[24].total)

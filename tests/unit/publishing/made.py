@@ -120,6 +120,7 @@ def _export(
     certificate = {
         "passed": True,
         "reasons": [],
+        "for": ["diffusers", "comfyui"],
         "file": {"name": path.name, "sha256": files.file_hash(path), "bytes": 1},
         "adapter": {"modules": 1, "rank": 2, "alpha": 2.0},
         "transformer": {"width": width, "double": double, "single": single},

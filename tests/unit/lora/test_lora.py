@@ -40,6 +40,20 @@ def attached(**settings) -> tuple[Flux2Transformer2DModel, LoraConfig]:
     return transformer, config
 
 
+def read(transformer: Any, config: LoraConfig) -> lora.Adapter:
+    """The attached LoRA."""
+    adapter = lora.read(transformer, config)
+    assert isinstance(adapter, lora.Adapter)
+    return adapter
+
+
+def read_start(transformer: Any, config: LoraConfig) -> lora.Adapter:
+    """Its start, which must be there."""
+    start = lora.read_start(transformer, config)
+    assert isinstance(start, lora.Adapter)
+    return start
+
+
 def randomized(adapter: lora.Adapter) -> lora.Adapter:
     """Another adapter of the same modules and rank."""
     down = {name: torch.randn_like(weight) for name, weight in adapter.down.items()}
@@ -142,7 +156,7 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
         before = torch.get_rng_state()
         lora.attach(transformer, config, seed=seed)
         assert torch.equal(before, torch.get_rng_state())
-        return lora.read(transformer, config)
+        return read(transformer, config)
 
     one, same, other = fresh(history=1, seed=0), fresh(history=2, seed=0), fresh(history=1, seed=1)
     assert all(torch.equal(one.down[name], same.down[name]) for name in one.down)
@@ -155,7 +169,7 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
 def test_the_update_is_scale_times_up_times_down(alpha):
     """What peft computes in the forward pass is what `delta` says, which is what gets exported."""
     transformer, config = attached(alpha=alpha)
-    adapter = randomized(lora.read(transformer, config))
+    adapter = randomized(read(transformer, config))
     lora.write(transformer, adapter)
     name = "transformer_blocks.0.attn.to_q"
     module: Any = transformer.get_submodule(name)
@@ -167,8 +181,8 @@ def test_the_update_is_scale_times_up_times_down(alpha):
 
 def test_rslora_is_pefts():
     """Ours sets the strength by alpha alone; peft's own switch gives the same output."""
-    ours, config = attached(rslora=True, alpha=3.0)
-    adapter = randomized(lora.read(ours, config))
+    ours, config = attached(rslora=True, alpha=3.0, compute="fp32")
+    adapter = randomized(read(ours, config))
     lora.write(ours, adapter)
     theirs = tiny.transformer(guidance=True)
     targets = lora.block_linears(theirs)
@@ -207,8 +221,8 @@ def test_pissa_starts_as_pefts_does_from_an_untouched_base():
     theirs.add_adapter(
         peft.LoraConfig(**settings, target_modules=targets), adapter_name=lora.ADAPTER_NAME
     )
-    adapter = lora.read(ours, config)
-    exact = lora.read(theirs, config)
+    adapter = read(ours, config)
+    exact = read(theirs, config)
     for name in targets:
         module: Any = ours.get_submodule(name)
         assert torch.equal(module.base_layer.weight, before[name])
@@ -225,8 +239,8 @@ def test_pissa_trains_the_adapter_and_not_its_start():
     assert names
     assert all(f".{lora.ADAPTER_NAME}." in name for name in names)
     assert {weight.dtype for weight in lora.trainable(ours)} == {torch.float32}
-    assert len(lora.trainable(ours)) == 2 * len(lora.read(ours, config).down)
-    assert len(lora.trainable_up(ours)) == len(lora.read(ours, config).up)
+    assert len(lora.trainable(ours)) == 2 * len(read(ours, config).down)
+    assert len(lora.trainable_up(ours)) == len(read(ours, config).up)
 
 
 def test_the_base_alone_is_seen_with_pissa_too_and_training_goes_on():
@@ -246,13 +260,11 @@ def test_the_base_alone_is_seen_with_pissa_too_and_training_goes_on():
 
 def test_a_start_that_is_given_is_taken():
     ours, config = pissa()
-    start = lora.read_start(ours, config)
-    assert start is not None
+    start = read_start(ours, config)
     given = moved(start, by=0.1)
     transformer = tiny.transformer(guidance=True)
     lora.attach(transformer, config, seed=0, start=given)
-    found = lora.read_start(transformer, config)
-    assert found is not None
+    found = read_start(transformer, config)
     torch.testing.assert_close((found.down, found.up), (given.down, given.up), rtol=0, atol=0)
     numbers = sum(weight.numel() for weight in lora.start_parameters(transformer))
     assert numbers == sum(weight.numel() for weight in lora.trainable(transformer))
@@ -267,10 +279,9 @@ def moved(adapter: lora.Adapter, *, by: float) -> lora.Adapter:
 
 def test_with_its_start_pissa_is_a_plain_adapter_to_the_base():
     ours, config = pissa(rslora=True)
-    trained = moved(lora.read(ours, config), by=0.1)
+    trained = moved(read(ours, config), by=0.1)
     lora.write(ours, trained)
-    start = lora.read_start(ours, config)
-    assert start is not None
+    start = read_start(ours, config)
     whole = lora.with_start(trained, start)
     assert (whole.rank, whole.scale) == (8, trained.scale)
     for name in lora.block_linears(tiny.transformer(guidance=True)):
@@ -283,8 +294,7 @@ def test_with_its_start_pissa_is_a_plain_adapter_to_the_base():
 def test_a_small_update_of_pissa_survives_bf16():
     """A thousandth of the start: rounded apart, the two products would lose it in their own."""
     ours, config = pissa()
-    start, trained = lora.read_start(ours, config), moved(lora.read(ours, config), by=1e-3)
-    assert start is not None
+    start, trained = read_start(ours, config), moved(read(ours, config), by=1e-3)
     whole = lora.with_start(trained, start)
     rounded = lora.Adapter(
         {n: w.bfloat16().float() for n, w in whole.down.items()},
@@ -323,9 +333,9 @@ def test_pissa_on_weights_that_it_cannot_read_is_refused():
 
 def test_reading_gives_back_what_was_written():
     transformer, config = attached()
-    adapter = randomized(lora.read(transformer, config))
+    adapter = randomized(read(transformer, config))
     lora.write(transformer, adapter)
-    back = lora.read(transformer, config)
+    back = read(transformer, config)
     assert (
         list(back.down) == list(adapter.down) == lora.block_linears(tiny.transformer(guidance=True))
     )
@@ -337,7 +347,7 @@ def test_reading_gives_back_what_was_written():
 @pytest.mark.parametrize("misfit", ["missing", "extra", "rank"])
 def test_an_adapter_that_does_not_fit_is_refused(misfit):
     transformer, config = attached()
-    adapter = lora.read(transformer, config)
+    adapter = read(transformer, config)
     name = "transformer_blocks.0.attn.to_q"
     down = dict(adapter.down)
     if misfit == "missing":
@@ -353,9 +363,9 @@ def test_an_adapter_that_does_not_fit_is_refused(misfit):
 def test_norms_of_updates_are_those_of_the_whole_matrices():
     """By kind of block; the update is never made in training."""
     transformer, config = attached(alpha=6.0)
-    adapter = randomized(lora.read(transformer, config))
+    adapter = randomized(read(transformer, config))
     lora.write(transformer, adapter)
-    adapter = lora.read(transformer, config)
+    adapter = read(transformer, config)
     squares = {"double_attn": 0.0, "double_ff": 0.0, "single": 0.0}
     for module in adapter.down:
         kind = "single" if "single" in module else "double_ff" if ".ff" in module else "double_attn"
@@ -378,7 +388,7 @@ def test_norms_of_gradients_add_up_to_the_whole():
 
 def test_disabled_is_the_base_and_ends():
     transformer, config = attached()
-    lora.write(transformer, randomized(lora.read(transformer, config)))
+    lora.write(transformer, randomized(read(transformer, config)))
     module: Any = transformer.get_submodule("transformer_blocks.0.attn.to_q")
     inputs = torch.randn(3, module.in_features)
     adapted = module(inputs)
@@ -386,4 +396,4 @@ def test_disabled_is_the_base_and_ends():
         assert torch.equal(module(inputs), module.base_layer(inputs))
         assert lora.trainable(transformer) == []
     assert torch.equal(module(inputs), adapted)
-    assert len(lora.trainable(transformer)) == 2 * len(lora.read(transformer, config).down)
+    assert len(lora.trainable(transformer)) == 2 * len(read(transformer, config).down)

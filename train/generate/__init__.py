@@ -1,0 +1,1 @@
+"""Pictures from a base and adapters, without a run: the command `kindling generate`."""
