@@ -50,13 +50,12 @@ def _run(options: argparse.Namespace) -> None:
     arms = {name: ARMS[name] for name in options.arms or ARMS}
     while time.monotonic() < until and (run := missing(arms, options.seeds, report["results"])):
         arm, folder = ARMS[run.arm], options.folder
-        rows = job.measure(arm, run, steps=options.steps, folder=folder, judge=judging)
+        row = job.measure(arm, run, steps=options.steps, folder=folder, judge=judging)
         now = bench_report.new_report("", [])["date"]
-        report["results"] += [row | {"date": now, "load": os.getloadavg()[0]} for row in rows]
+        report["results"].append(row | {"date": now, "load": os.getloadavg()[0]})
         _write(report, options.results)
-        for row in rows:
-            shown = ("arm", "seed", "rate", "held_out", "likeness", "character", "obeyed")
-            print({key: row[key] for key in (*shown, "train_wall_s")}, flush=True)
+        shown = ("arm", "seed", "rate", "held_out", "likeness", "character", "obeyed")
+        print({key: row[key] for key in (*shown, "train_wall_s")}, flush=True)
 
 
 def _open(path: Path, facts: dict[str, Any]) -> dict[str, Any]:

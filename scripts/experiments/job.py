@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from scripts.bench_report import ROOT
 from scripts.experiments import judge
 from scripts.experiments.arms import Arm, Run
 from scripts.experiments.judge import Judge
-from scripts.experiments.mechanisms import MECHANISMS
 from train import run as training
 from train.config import Config, reading
 from train.config.watch import PreviewConfig, ValidationConfig
@@ -41,15 +40,13 @@ def make_judge(*, count: int, folder: Path) -> Judge:
     return Judge(config.model_copy(update=update), count=count)
 
 
-def measure(arm: Arm, run: Run, *, steps: int, folder: Path, judge: Judge) -> list[dict[str, Any]]:
-    """Train and judge; the rows of the results. The run's folder is removed, its log stays."""
+def measure(arm: Arm, run: Run, *, steps: int, folder: Path, judge: Judge) -> dict[str, Any]:
+    """Train and judge; a row of the results. The run's folder is removed, its log stays."""
     config = load(arm, run, steps=steps, folder=folder)
     place = folder / config.name
     shutil.rmtree(place, ignore_errors=True)
-    mechanism = MECHANISMS[arm.mechanism]() if arm.mechanism else nullcontext()
     wall, cpu = time.monotonic(), time.process_time()
     with (
-        mechanism,
         (folder / "log").open("a", encoding="utf-8") as log,
         redirect_stdout(log),
         redirect_stderr(log),
@@ -60,11 +57,6 @@ def measure(arm: Arm, run: Run, *, steps: int, folder: Path, judge: Judge) -> li
         "train_cpu_s": round(time.process_time() - cpu, 1),
     }
     adapter = place / f"{config.name}.safetensors"
-    facts = {"arm": run.arm, "seed": run.seed, "rate": run.rate}
-    row = facts | judge.judge(adapter) | took
-    rows = [row]
-    if arm.mechanism == "timestep_rank":
-        own = judge.judge(adapter, masked=True)
-        rows.append(facts | {"arm": f"{run.arm} (cut when drawing, too)"} | own | took)
+    row = {"arm": run.arm, "seed": run.seed, "rate": run.rate, **judge.judge(adapter), **took}
     shutil.rmtree(place)
-    return rows
+    return row

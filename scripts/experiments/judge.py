@@ -6,7 +6,7 @@ of the default density whatever an arm trained at. Adapters come as exported fil
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from scripts.experiments import mechanisms
 from scripts.toy.character import (
     character_score,
     draw_portrait,
@@ -81,10 +80,9 @@ class Judge:
         self._called = [portrait_caption(sample_portrait(rng)) for rng in rngs]
         self._scenes = [sample_scene(random.Random(HELD_OUT_SEED + n)) for n in range(count)]
 
-    def judge(self, adapter: Path | None, *, masked: bool = False) -> dict[str, Any]:
-        """The figures of an exported file; None for the base alone. masked: drawn with fewer ranks
-        at high noise, which no program but this one would do."""
-        with self._wearing(adapter, masked=masked):
+    def judge(self, adapter: Path | None) -> dict[str, Any]:
+        """The figures of an exported file; None for the base alone."""
+        with self._wearing(adapter):
             figures = self._losses() | self._pictures()
             if adapter is not None:
                 figures["drift"] = self._validator.drift(self._model(1.0))
@@ -96,12 +94,11 @@ class Judge:
             return validator.losses(self._model(1.0)).double().mean().item()
 
     @contextmanager
-    def _wearing(self, adapter: Path | None, *, masked: bool = False) -> Iterator[None]:
+    def _wearing(self, adapter: Path | None) -> Iterator[None]:
         pipeline = self._pipeline
         if adapter is not None:
             pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
-        mask = mechanisms.masked_ranks(pipeline.transformer) if masked else nullcontext()
-        with mask, torch.no_grad():
+        with torch.no_grad():
             yield
         if adapter is not None:
             pipeline.unload_lora_weights()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from scripts.experiments.arms import ARMS, BASELINE, best_rate, rows_of
+from scripts.experiments.arms import ARMS, BASELINE, GONE, best_rate, rows_of
 
 Row = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def page(report: Mapping[str, Any]) -> str:
             continue
         against = ARMS[name].against if name in ARMS else BASELINE
         other = chosen(results, against, first=first) if name != against else {}
-        what = f"**{name}**: {ARMS[name].what}" if name in ARMS else f"**{name}**"
+        what = f"**{name}**: {ARMS[name].what if name in ARMS else GONE[name]}"
         what += "" if against == BASELINE else f" (against {against})"
         rate = next(iter(own.values()))["rate"]
         cells = [_cell(own, other, key) for key in COLUMNS]
@@ -91,7 +91,8 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         "",
         f"`{' '.join(report['command'])}`, {report['date'][:10]}, {machine['cores']} cores of an "
         f"{machine['cpu']} that other work shared, torch {report['versions']['torch']}. Every "
-        "figure is in [toy.json](toy.json); `--page` writes this page anew.",
+        "figure is in [toy.json](toy.json), what follows from them in [reading.md](reading.md); "
+        "`--page` writes this page anew.",
         "",
         f"The demo's job ({job['steps']} steps of 4 pictures, cosine), one thing changed in each "
         f"arm, seeds {', '.join(map(str, job['seeds']))}. All arms are judged alike, by their "
