@@ -68,7 +68,8 @@ class ValidationConfig(Section):
     checks."""
     path: Home | None = None
     """A folder of pictures for it, captioned like those of data, such as `kindling curate` writes;
-    none of data are held out then."""
+    none of data are held out then. Places, sizes and styles must be as in data, or the best
+    checkpoint by this loss is the one that has learnt least (docs/experiments)."""
     fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
     """Of the pictures in data that are held out, but four at least, and max_pictures at most."""
     max_pictures: Annotated[int, Field(ge=4)] = 8
