@@ -1,13 +1,12 @@
 """Time and memory of a device, taken without holding up what is measured."""
 
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from train.errors import MachineError
+from train.usage import peak_ram
 
 
 class Clock:
@@ -55,7 +54,7 @@ def peaks(device: torch.device) -> dict[str, int | None]:
         found["reserved"] = torch.cuda.max_memory_reserved(device)
         found["outside"] = outside(device)
         found["pinned"] = torch.cuda.host_memory_stats().get("allocated_bytes.peak")
-    return {**found, "ram": peak_memory()}
+    return {**found, "ram": peak_ram()}
 
 
 def outside(device: torch.device) -> int:
@@ -81,19 +80,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device had no room: torch's own error, or that of a library below it."""
     texts = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
-
-
-def peak_memory() -> int:
-    """The most RAM that this process has held, bytes.
-
-    getrusage would count what its parent held when it was forked.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from scripts import bench_pictures
-from scripts.bench_clock import peak_memory
 from scripts.bench_report import ratios, spread
+from train.usage import peak_ram
 
 RESOLUTION = 1024
 ENCODED_AT = 256
@@ -121,7 +121,7 @@ class Family:
     def costs(self) -> tuple[float, int]:
         """Seconds of all cores and bytes of RAM so far."""
         cpu = time.process_time() - self._began + sum(self._cpu.values())
-        return cpu, max(self._peak, peak_memory())
+        return cpu, max(self._peak, peak_ram())
 
     def _watch(self) -> None:
         me = psutil.Process()

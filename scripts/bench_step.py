@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import trange
 
-from scripts.bench_clock import peak_memory
 from scripts.bench_report import ratios, spread
 from scripts.bench_sides import TEXT_WIDTH, Job, bare_steps, kindling_steps, stored_data
 from train.track import METRICS
+from train.usage import peak_ram
 
 HEADER = ("pixels", "tokens", "Kindling s", "bare s", "ratio", "Kindling GB", "bare GB")
 
@@ -86,7 +86,7 @@ def peak(side: str, job: Job, *, size: int) -> dict[str, int]:
 
     ram: of the whole process; imports: of that before anything was built; gpu: allocated.
     """
-    imports = peak_memory()
+    imports = peak_ram()
     accelerator = Accelerator(mixed_precision="no")
     with TemporaryDirectory() as folder:
         config = job.config(Path(folder), size=size, steps=STEPS_TO_PEAK)
@@ -99,7 +99,7 @@ def peak(side: str, job: Job, *, size: int) -> dict[str, int]:
         for _ in steps:
             pass
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"ram": peak_memory(), "imports": imports, "gpu": gpu}
+    return {"ram": peak_ram(), "imports": imports, "gpu": gpu}
 
 
 def row(result: dict[str, Any]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ arguments: `main(argv) -> int`.
 
 import difflib
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -94,7 +95,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_main(run: Callable[[], int]) -> int:
-    """Run a program's main part; a UserError or Ctrl-C becomes a message and an exit code."""
+    """Run a program's main part; a UserError or Ctrl-C becomes a message and an exit code.
+
+    What the console's encoding lacks (Chinese names in a Windows pipe) is printed as \\u escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run()
     except UserError as error:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 
 from train.errors import CheckpointError
-from train.files import writing
+from train.files import flush, writing
 from train.lora.adapter import Adapter, AnyAdapter, of_parts, with_start
 
 NAME = re.compile(r"step-(\d{6,})")
@@ -97,7 +98,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = 
             raise
         shutil.rmtree(final, ignore_errors=True)
         os.rename(making, final)
-        _flush(folder)
+        flush(folder)
     saved = list_checkpoints(folder)
     for old in saved[: saved.index(final) + 1][:-keep]:
         if best is None or old != path_of(folder, best):
@@ -121,7 +122,7 @@ def _write(making: Path, checkpoint: Checkpoint) -> None:
     facts["digest"] = _digest(facts)
     (making / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in (*making.iterdir(), making):
-        _flush(path)
+        flush(path)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -176,7 +177,8 @@ def _tensors(adapter: AnyAdapter) -> dict[str, torch.Tensor]:
 
 def _adapter(path: Path, *, rank: int, alpha: float) -> AnyAdapter:
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(path).items():
+    # not mapped: it is rotated away before this run ends, and Windows deletes no file that is
+    for name, tensor in load_tensors(path.read_bytes()).items():
         module, part, _ = name.rsplit(".", 2)
         parts.setdefault(part, {})[module] = tensor
     return of_parts(parts, rank=rank, alpha=alpha)
@@ -202,11 +204,3 @@ def _verified(path: Path) -> dict[str, Any]:
 
 def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

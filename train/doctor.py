@@ -80,7 +80,7 @@ def examine(output: Path, cache: Path, *, online: bool) -> Iterator[Finding]:
     yield from guarded("packages", check_packages)
     yield from guarded("torch", check_torch)
     yield from guarded("8-bit optimizer", check_bitsandbytes, broken="look")
-    yield check_memory(available_memory())
+    yield from guarded("RAM", lambda: [check_memory(available_memory())])
     todo = f"choose another folder, with {TOY_DISK / GB:.0f} GB free"
     for name, folder in (("disk, runs", output), ("disk, cache", cache)):
         yield check_disk(name, folder, need=TOY_DISK, lacking="missing", todo=todo)
@@ -155,7 +155,9 @@ def no_gpu(seen: list[str], *, cuda: str | None) -> Finding:
     if not seen:
         todo = "the toy base trains on the CPU; dev and klein need an NVIDIA GPU and its driver"
         return Finding("GPU", "look", "none found", todo)
-    todo = "this torch is a CPU build: install one for CUDA"
+    todo = (
+        "this torch is a CPU build, as PyPI has it for Windows: see https://pytorch.org/get-started"
+    )
     if cuda is not None:
         todo = f"update the driver to one for CUDA {cuda}, or install a torch for an older CUDA"
     return Finding("GPU", "look", f"{seen[0]} is there, but torch can't use it", todo)
@@ -195,22 +197,18 @@ def check_bitsandbytes() -> Iterator[Finding]:
     yield Finding("8-bit optimizer", "OK", f"steps on {device}")
 
 
-def available_memory() -> float | None:
-    """Bytes that a new process can have, a container's limit included; None if nobody says."""
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = float(fields["MemAvailable"].split()[0]) * 1024
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return available if text == "max" else min(available, float(text))
+def available_memory() -> int:
+    """Bytes that a new process can have, a container's limit included."""
+    import psutil
+
+    available, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    return available if text == "max" else min(available, int(text))
 
 
-def check_memory(available: float | None) -> Finding:
+def check_memory(available: float) -> Finding:
     """RAM that is free now."""
     todo = f"the toy base needs {TOY_MEMORY / GB} GB: close other programs"
-    if available is None:
-        return Finding("RAM", "look", "unknown", todo)
     found = f"{available / GB:.1f} GB available"
     enough = available >= TOY_MEMORY
     return Finding("RAM", "OK", found) if enough else Finding("RAM", "missing", found, todo)

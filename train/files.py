@@ -1,5 +1,6 @@
-"""Writing files so that a failure is told in words."""
+"""Writing files: down to the disk, and so that a failure is told in words."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,3 +21,20 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: can't be written ({cause}). Free space there or make it writable; a run goes "
             "on from its last checkpoint with --resume."
         ) from None
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's names, to the disk.
+
+    Windows flushes only what is open for writing, and opens no folders: there names have to wait.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -154,6 +154,9 @@ def put_on(base: Base, transformer: Any, adapters: Sequence[tuple[Path, float]])
             pipeline.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
             )
+    for name, parameter in transformer.named_parameters():
+        if ".adapter" in name:  # else it may be the mapped file, which Windows can't replace
+            parameter.data = parameter.data.clone()
     if names:
         transformer.set_adapters(names, [strength for _, strength in adapters])
 

@@ -1,11 +1,12 @@
 """How long a phase took and how much memory it needed, as one line on the console."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -30,9 +31,19 @@ def phase(title: str, count: int, *, device: torch.device, show: bool) -> Iterat
 
 
 def peak_ram() -> int:
-    """Bytes that the process has held at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Bytes that the process has held at most.
+
+    On Linux, getrusage would count what its parent held when it was forked.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def reset() -> None:

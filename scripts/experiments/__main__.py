@@ -5,10 +5,11 @@ Results are kept after each run, so it can be stopped and started again at any t
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from scripts import bench_report
 from scripts.experiments import page
@@ -52,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
         arm, folder = ARMS[run.arm], options.folder
         row = job.measure(arm, run, steps=options.steps, folder=folder, judge=judging)
         now = bench_report.new_report("", [])["date"]
-        report["results"].append(row | {"date": now, "load": os.getloadavg()[0]})
+        report["results"].append(row | {"date": now, "load": psutil.getloadavg()[0]})
         _write(report, options.results)
         shown = ("arm", "seed", "rate", "held_out", "likeness", "character", "obeyed")
         print({key: row[key] for key in (*shown, "train_wall_s")}, flush=True)

@@ -127,7 +127,7 @@ def test_the_data_benchmark_measures_all_it_says(
     monkeypatch.setattr(
         bench_data,
         "alone",
-        lambda job, *rest, cores: bench_data.Cost(job(*rest) or 1.0, 1.0, bench_data.peak_memory()),
+        lambda job, *rest, cores: bench_data.Cost(job(*rest) or 1.0, 1.0, bench_data.peak_ram()),
     )
     arguments = ["data", "--pictures", "8", "--plan", "30", "--encode", "2"]
     places = ["--folder", str(tmp_path), "--json", str(tmp_path / "x.json")]

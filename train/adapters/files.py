@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.errors import CheckpointError, MachineError
+from train.files import flush
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What adapters are written in."""
@@ -143,9 +144,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _sync(partial)
+        flush(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        flush(path.parent)
     except (SafetensorError, OSError) as error:
         raise MachineError(
             f"{path}: can't be written ({error}). Check the folder's rights and the free disk "
@@ -194,14 +195,3 @@ def _diagnosis(path: Path, error: Exception) -> str:
         f"not a whole safetensors file ({error}). It is cut off or damaged; "
         "copy, download or export it again."
     )
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder's names to the disk; folders can't be opened on Windows."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

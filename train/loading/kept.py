@@ -6,7 +6,6 @@ its checksum when it is read, on the device that it goes to, where that costs ne
 """
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from train.cache import key
 from train.errors import CheckpointError, ConfigError
+from train.files import flush
 from train.loading.stored import Stored, ahead, read_header
 
 FOLDER = "bases"
@@ -158,8 +158,7 @@ class _Copy:
     def _flush(self) -> None:
         path = self._partial / f"{len(self._files):05d}.safetensors"
         save_file(self._shard, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(path)
         self._files[path.name] = path.stat().st_size
         self._shard.clear()
 

@@ -93,10 +93,9 @@ def _room(config: "Config", gpu: "Gpu | None", *, elsewhere: bool, processes: in
 
     if elsewhere:
         return Room(gpu, None, None, processes)
-    ram = available_memory()
     output = Path(config.output).absolute()
     place = next(path for path in (output, *output.parents) if path.exists())
-    return Room(gpu, None if ram is None else int(ram), shutil.disk_usage(place).free, processes)
+    return Room(gpu, available_memory(), shutil.disk_usage(place).free, processes)
 
 
 def _pictures(config: "Config") -> "Pictures":

@@ -195,7 +195,7 @@ def test_all_faults_at_once_in_order() -> None:
 )
 def test_message_of_a_path(path: str, expected: str) -> None:
     Path("configs").mkdir()
-    Path("configs/demo.yaml").write_text(MINIMAL)
+    Path("configs/demo.yaml").write_text(MINIMAL, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         load(Path(path))
     assert str(caught.value) == f"{path}: {expected}"

@@ -51,7 +51,7 @@ black-forest-labs/FLUX.2-dev: FLUX.2-dev Non-Commercial License; accept it on th
 def _nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    Path("x.yaml").write_text(json.dumps(CONFIG))
+    Path("x.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
 def make(card: int | None, *, ram: int | None = None, disk: int | None = None, **changes: Any):
@@ -94,7 +94,7 @@ def test_the_text_of_a_plan(capsys: pytest.CaptureFixture) -> None:
         "train 1500 steps",
         "export, certificate",
     ]
-    report = json.loads(Path("x.json").read_text())
+    report = json.loads(Path("x.json").read_text(encoding="utf-8"))
     trained = report["phases"][4]
     assert 20e9 < trained["gpu"] < 23e9
     assert trained["gpu"] == report["need"]["gpu"]
@@ -230,11 +230,13 @@ def test_cards_of_the_option_are_those_of_the_table() -> None:
 def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
     """Each of two cards holds half of the blocks, and what is gathered; each process reads all."""
     tree = {**CONFIG, "memory": {"gradient_checkpointing": "all"}}
-    Path("two.yaml").write_text(json.dumps(tree))
+    Path("two.yaml").write_text(json.dumps(tree), encoding="utf-8")
     plan.main(["--config", "two.yaml", "--gpu", "24", "--sharded", "2", "--json", "two.json"])
     assert "\n2 of them, a part of the base on each: " in capsys.readouterr().out
     plan.main(["--config", "two.yaml", "--gpu", "24", "--json", "one.json"])
-    two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+    two, one = (
+        json.loads(Path(f"{name}.json").read_text(encoding="utf-8")) for name in ("two", "one")
+    )
     config = Config.model_validate(tree)
     base = facts.of(config.base)
     whole = phases.Meters(base).step(config.lora, phases.step_of(config, Geometry(1024, 1024), ()))
