@@ -10,7 +10,7 @@ import torch
 from tests import lanes
 from tests.lanes import DOUBLE, SINGLE, LateLane
 from train.errors import ConfigError
-from train.memory import recompute
+from train.memory import recompute, transfer
 
 BLOCKS = DOUBLE + SINGLE
 CPU = torch.device("cpu")
@@ -157,6 +157,31 @@ def test_parked_inputs_are_gone_after_the_backward(monkeypatch):
     del loss
     gc.collect()
     assert not any(reference() for reference in kept)
+
+
+def test_the_same_ram_is_parked_in_again(monkeypatch):
+    """As much as the largest batch needs, however many sizes there are."""
+    made, alive = [], weakref.WeakSet()
+    memory = transfer.HostMemory.__init__
+
+    def noted(self, size, **settings):
+        memory(self, size, **settings)
+        made.append(size)
+        alive.add(self)
+
+    monkeypatch.setattr(transfer.HostMemory, "__init__", noted)
+    model = recomputing({*range(BLOCKS)}, offload=True, lane=LateLane())
+    plain = lanes.model()
+    sizes = []
+    for tokens in (12, 12, 20, 7, 12, 20):
+        for one in (model, plain):
+            one.zero_grad()
+            lanes.loss(one, seed=tokens, tokens=tokens).backward()
+        assert lanes.same(lanes.gradients(model), lanes.gradients(plain))
+        assert len(alive) == 2 * (DOUBLE - 1) + SINGLE
+        sizes.append(sum(one.bytes.nbytes for one in alive))
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[5]
+    assert len(made) <= 2 * len(alive)
 
 
 def test_graphs_in_any_order():
