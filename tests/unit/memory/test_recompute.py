@@ -197,3 +197,35 @@ def test_graphs_in_any_order():
 
     parked = recomputing({*range(0, BLOCKS, 2)}, offload=True, lane=LateLane())
     assert lanes.same(odd(parked), odd(lanes.model()))
+
+
+class Dawdling(transfer.CudaLane):
+    """The device is far behind the host."""
+
+    def copy(self, target, source):
+        with torch.cuda.stream(self._copies):
+            torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        return super().copy(target, source)
+
+
+@pytest.mark.gpu
+def test_parked_inputs_leave_a_gpu_however_far_behind_it_is():
+    device, tokens = torch.device("cuda"), 4096
+
+    def peak(*, offload: bool) -> int:
+        """Of what computing can't use: allocated, or freed and held back."""
+        model = torch.nn.Module.to(lanes.model(), device)
+        lane = Dawdling(device)
+        recompute.enable(
+            model, range(BLOCKS), offload_activations=offload, device=device, lane=lane
+        )
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            lanes.loss(model, seed=1, tokens=tokens, device="cuda").backward()
+        return torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+
+    width = 2 * 16  # heads and their width, as in tiny
+    parked = (DOUBLE - 1 + SINGLE) * 2 * tokens * width * 4
+    assert peak(offload=True) < peak(offload=False) - parked / 2
