@@ -76,8 +76,8 @@ def ema_decay(decay: float, *, done: int) -> float:
 
 @contextmanager
 def _kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Whatever happens inside, the parameters are the same after it."""
-    own = [parameter.detach().clone() for parameter in parameters]
+    """Whatever happens inside, the parameters are the same after it. Meanwhile they are in RAM."""
+    own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:
         yield
     finally:

@@ -149,8 +149,12 @@ def encode_masks(
 
 
 def encode_pixels(vae: Any, pixels_BCHW: Tensor) -> Tensor:
-    """Pixels in [-1, 1] (B, 3, 16h, 16w) -> normalised patch latents (B, D, h, w), fp32."""
-    mode = vae.encode(pixels_BCHW).latent_dist.mode()
+    """Pixels in [-1, 1] (B, 3, 16h, 16w) -> normalised patch latents (B, D, h, w), fp32.
+
+    Convolutions in fp32 are that: on a GPU torch's default rounds what they multiply to 10 bits.
+    """
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        mode = vae.encode(pixels_BCHW).latent_dist.mode()
     return latents.normalize(
         latents.patchify(mode),
         mean_D=vae.bn.running_mean,

@@ -4,7 +4,8 @@ import json
 import platform
 import signal
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config, reading
 from train.data import Loader
-from train.errors import Stopped, bullet_list
+from train.errors import MachineError, Stopped, bullet_list
 from train.files import writing
 from train.loading.base import Base, resolve
 from train.lora import eva
@@ -74,13 +75,14 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
             _write_facts(folder, config)
             resumption.write_pictures(folder, pictures)
     accelerator.wait_for_everyone()
-    trainer, transformer, undo = _build(
-        config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
-    )
+    with _room_on_the_gpu():
+        trainer, transformer, undo = _build(
+            config, base, prepared, accelerator=accelerator, origin=origin, saved=saved
+        )
     if accelerator.is_main_process:
         ends["load"] = time.time()
         (folder / TIMINGS).write_text(json.dumps(ends, indent=1), encoding="utf-8")
-    with trainer.wish as wish:
+    with trainer.wish as wish, _room_on_the_gpu():
         done = loop.fit(
             trainer,
             start=saved.progress.step if saved else 0,
@@ -110,6 +112,20 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
                 )
                 say(export_run.summary(certificate, path))
     accelerator.end_training()
+
+
+@contextmanager
+def _room_on_the_gpu() -> Iterator[None]:
+    """Raises MachineError where torch finds none."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate ..."
+        raise MachineError(
+            f"memory: {asked}. Set memory.gradient_checkpointing and memory.resident_blocks to "
+            "auto; if they are, set a lower memory.budget_gb. `kindling plan` says what each phase "
+            "takes. --resume goes on from the last checkpoint with these settings changed."
+        ) from None
 
 
 def _place_of_export(folder: Path, *, main: bool) -> AbstractContextManager[Path | str]:

@@ -32,6 +32,13 @@ def test_ema_by_hand() -> None:
     assert weight.item() == 2.0
 
 
+def test_what_is_trained_waits_in_ram() -> None:
+    """A preview needs no more of a GPU than the plan knows. From meta there is nothing to copy."""
+    ema = Ema([nn.Parameter(torch.empty(3, 4, device="meta"))], decay=0.5)
+    with pytest.raises(NotImplementedError, match="copy out of meta"), ema.shown():
+        pass
+
+
 def test_ema_starts_anew_from_the_models_weights() -> None:
     weight = nn.Parameter(torch.tensor([[8.0]]))
     ema = Ema([weight], decay=0.5)

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from data_tools.buckets import Geometry
 from train.config import EncodeConfig
-from train.encode import Keys, Mask, Picture
+from train.encode import Keys, Mask, Picture, encode_pixels
 
 KEYS = Keys(vae="a vae", text="words", settings=EncodeConfig())
 PICTURE = Picture(Path("a.png"), "0123", Geometry(64, 96))
@@ -39,3 +42,23 @@ def test_what_an_entry_does_not_depend_on_is_not() -> None:
     other = replace(KEYS, vae="another")
     assert other.picture(PICTURE) != KEYS.picture(PICTURE)
     assert other.mask(MASK) == KEYS.mask(MASK)
+
+
+def test_a_picture_is_encoded_without_tf32() -> None:
+    """Whatever torch's default is, and that is the same afterwards."""
+    backend, seen = torch.backends.cudnn, []
+    assert backend.allow_tf32
+
+    class Encoder:
+        bn = SimpleNamespace(running_mean=torch.zeros(128), running_var=torch.ones(128))
+        config = SimpleNamespace(batch_norm_eps=0.0)
+
+        def encode(self, pixels: torch.Tensor) -> Any:
+            seen.append((backend.enabled, backend.allow_tf32, backend.deterministic))
+            mode = pixels[:, :1, ::8, ::8].repeat(1, 32, 1, 1)
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: mode))
+
+    encode_pixels(Encoder(), torch.zeros(1, 3, 32, 48))
+    assert seen == [(True, False, True)]
+    assert backend.allow_tf32
+    assert not backend.deterministic

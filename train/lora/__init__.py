@@ -60,7 +60,8 @@ def attach(
     """
     targets = select_targets(transformer, lora.targets)
     transformer.requires_grad_(False)
-    with torch.random.fork_rng():
+    own = {p.device for p in transformer.parameters() if p.is_cuda}
+    with torch.random.fork_rng(own):  # else of all GPUs that the machine has, with a warning
         torch.manual_seed(seed)
         layers.add(transformer, lora, targets, dropout=lora.dropout)
         if lora.init == "pissa":

@@ -37,6 +37,8 @@ SLOTS = 3
 ALIGNMENT = 256
 """Bytes; no kernel asks for more."""
 
+REMEDY = "keep more blocks on the GPU (memory.resident_blocks)"
+
 
 def streamed(double: int, single: int, *, resident: int) -> list[str]:
     """Names of the blocks that don't stay on the device, in the order of the forward pass.
@@ -138,7 +140,7 @@ class Ring:
         self._places = [self.layout.views(self.slots[j % count]) for j in range(len(blocks))]
         self.host: list[HostMemory] = []
         for number, tensors in enumerate(self._tensors):
-            memory = HostMemory(size, device=device)
+            memory = HostMemory(size, device=device, remedy=REMEDY)
             for tensor, there in zip(tensors, self.layout.views(memory.bytes), strict=True):
                 there.copy_(tensor.detach())
             self._settle(number)

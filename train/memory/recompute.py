@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from train.errors import ConfigError
 from train.memory import transfer
-from train.memory.transfer import Lane
+from train.memory.transfer import HostMemory, Lane
+
+REMEDY = "set memory.offload_activations: false"
 
 
 def chosen(blocks: int, setting: Literal["all", "none"] | int) -> frozenset[int]:
@@ -62,7 +64,7 @@ def enable(
     """
     every = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     draws = {every[number]: _draws(every[number]) for number in blocks}
-    parking = Parking(lane or transfer.lane(device)) if offload_activations else None
+    parking = Parking(lane or transfer.lane(device), device) if offload_activations else None
 
     def compute(block: nn.Module, *inputs: Any) -> Any:
         if block not in draws:
@@ -80,40 +82,69 @@ def _draws(block: nn.Module) -> bool:
 class Parking:
     """Keeps in RAM what recomputed blocks start from, and fetches it a block ahead.
 
-    torch's `save_on_cpu` copies on the computing stream, where every copy is time lost.
+    torch's `save_on_cpu` copies on the computing stream, where every copy is time lost. RAM is used
+    again by whoever comes next: one lane does all copies, so its come after those of the last user.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, device: torch.device) -> None:
         """lane: for both directions, so that nothing is fetched before it was put away."""
-        self._lane = lane
+        self.lane, self.device = lane, device
         self._newest: weakref.ref[_Inputs] | None = None
+        self._leaving: Any = None
+        self._unused: list[HostMemory] = []
 
     def inputs(self) -> saved_tensors_hooks:
-        """Around one checkpointed block. What the block saves itself is the checkpoint's."""
-        inputs = _Inputs(self._lane, before=self._newest)
+        """Around one checkpointed block. What the block saves itself is the checkpoint's.
+
+        Computing waits here for what the block before it started from to be put away, and that
+        memory of the device is free: two blocks' inputs are there at most.
+        """
+        if self._leaving is not None:
+            self.lane.wait(self._leaving)
+        inputs = _Inputs(self, before=self._newest)
         self._newest = weakref.ref(inputs)
         return saved_tensors_hooks(inputs.park, inputs.take)
+
+    def put_away(self, tensor: Tensor) -> "tuple[HostMemory, Tensor]":
+        """The memory that it goes to, and what it is there."""
+        there = torch.empty_like(tensor, device="meta")
+        memory = self._memory(there.nbytes)
+        host = memory.bytes[: there.nbytes].view(there.dtype)
+        host = host.as_strided(there.shape, there.stride())
+        self._leaving = self.lane.copy(host, tensor.detach())
+        return memory, host
+
+    def take_back(self, parked: "list[tuple[HostMemory, Tensor]]") -> None:
+        """The memory of what nobody will fetch any more."""
+        self._unused += [memory for memory, _ in parked]
+
+    def _memory(self, size: int) -> HostMemory:
+        """The smallest that is large enough; a new one takes the place of one that isn't."""
+        self._unused.sort(key=lambda memory: memory.bytes.nbytes)
+        for number, memory in enumerate(self._unused):
+            if memory.bytes.nbytes >= size:
+                return self._unused.pop(number)
+        if self._unused:
+            self._unused.pop()
+        return HostMemory(size, device=self.device, remedy=REMEDY)
 
 
 class _Inputs:
     """What one block starts from; the graph keeps it alive."""
 
-    def __init__(self, lane: Lane, *, before: "weakref.ref[_Inputs] | None") -> None:
-        self._lane = lane
+    def __init__(self, parking: Parking, *, before: "weakref.ref[_Inputs] | None") -> None:
+        self._parking = parking
         self._before = before
-        self._device: torch.device | None = None
-        self._parked: list[Tensor] = []
+        self._parked: list[tuple[HostMemory, Tensor]] = []
         self._fetched: dict[int, tuple[Tensor, Any]] = {}
         self._started = 0
+        weakref.finalize(self, parking.take_back, self._parked).atexit = False
 
     def park(self, tensor: Tensor) -> Tensor | int:
         """Leaves stay: all blocks share the modulation, and nothing trains before the first."""
         if tensor.is_leaf:
             return tensor
-        self._device = tensor.device
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self._lane.copy(host, tensor.detach())
-        self._parked.append(host)
+        self._parked.append(self._parking.put_away(tensor))
         return len(self._parked) - 1
 
     def take(self, kept: Tensor | int) -> Tensor:
@@ -127,7 +158,7 @@ class _Inputs:
         if kept not in self._fetched:  # a second backward through the same graph
             self._fetch(kept)
         tensor, arrived = self._fetched.pop(kept)
-        self._lane.wait(arrived)
+        self._parking.lane.wait(arrived)
         return tensor
 
     def fetch(self) -> None:
@@ -137,5 +168,6 @@ class _Inputs:
             self._started += 1
 
     def _fetch(self, number: int) -> None:
-        tensor = torch.empty_like(self._parked[number], device=self._device)
-        self._fetched[number] = tensor, self._lane.copy(tensor, self._parked[number])
+        _, host = self._parked[number]
+        tensor = torch.empty_like(host, device=self._parking.device)
+        self._fetched[number] = tensor, self._parking.lane.copy(tensor, host)

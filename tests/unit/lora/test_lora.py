@@ -165,6 +165,14 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
     assert not any(weight.any() for weight in one.up.values())
 
 
+def test_attaching_touches_no_gpu_that_the_base_is_not_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    transformer = tiny.transformer(guidance=True)
+    before = torch.get_rng_state()
+    lora.attach(transformer, LoraConfig(rank=4), seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("alpha", [None, 1.0, 4.0, 10.0])
 def test_the_update_is_scale_times_up_times_down(alpha):
     """What peft computes in the forward pass is what `delta` says, which is what gets exported."""

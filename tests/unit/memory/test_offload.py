@@ -324,9 +324,9 @@ def test_packing_frees_each_block_before_the_next(monkeypatch):
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and "blocks" in n}
     before = {n: p.data_ptr() for n, p in frozen.items()}
 
-    def counted(self, size, *, device):
+    def counted(self, size, **settings):
         alive.append(sum(p.data_ptr() == before[n] for n, p in frozen.items()))
-        memory(self, size, device=device)
+        memory(self, size, **settings)
 
     monkeypatch.setattr(transfer.HostMemory, "__init__", counted)
     offload.attach(model, resident=0, device=CPU)
@@ -338,8 +338,8 @@ def test_ram_is_given_back_with_the_model(monkeypatch):
     made = []
     memory = transfer.HostMemory.__init__
 
-    def noted(self, size, *, device):
-        memory(self, size, device=device)
+    def noted(self, size, **settings):
+        memory(self, size, **settings)
         made.append(weakref.ref(self))
 
     monkeypatch.setattr(transfer.HostMemory, "__init__", noted)

@@ -10,7 +10,7 @@ import torch
 from tests import lanes
 from tests.lanes import DOUBLE, SINGLE, LateLane
 from train.errors import ConfigError
-from train.memory import recompute
+from train.memory import recompute, transfer
 
 BLOCKS = DOUBLE + SINGLE
 CPU = torch.device("cpu")
@@ -159,6 +159,31 @@ def test_parked_inputs_are_gone_after_the_backward(monkeypatch):
     assert not any(reference() for reference in kept)
 
 
+def test_the_same_ram_is_parked_in_again(monkeypatch):
+    """As much as the largest batch needs, however many sizes there are."""
+    made, alive = [], weakref.WeakSet()
+    memory = transfer.HostMemory.__init__
+
+    def noted(self, size, **settings):
+        memory(self, size, **settings)
+        made.append(size)
+        alive.add(self)
+
+    monkeypatch.setattr(transfer.HostMemory, "__init__", noted)
+    model = recomputing({*range(BLOCKS)}, offload=True, lane=LateLane())
+    plain = lanes.model()
+    sizes = []
+    for tokens in (12, 12, 20, 7, 12, 20):
+        for one in (model, plain):
+            one.zero_grad()
+            lanes.loss(one, seed=tokens, tokens=tokens).backward()
+        assert lanes.same(lanes.gradients(model), lanes.gradients(plain))
+        assert len(alive) == 2 * (DOUBLE - 1) + SINGLE
+        sizes.append(sum(one.bytes.nbytes for one in alive))
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[5]
+    assert len(made) <= 2 * len(alive)
+
+
 def test_graphs_in_any_order():
     """Two at once, one dropped, a second backward through one."""
 
@@ -172,3 +197,35 @@ def test_graphs_in_any_order():
 
     parked = recomputing({*range(0, BLOCKS, 2)}, offload=True, lane=LateLane())
     assert lanes.same(odd(parked), odd(lanes.model()))
+
+
+class Dawdling(transfer.CudaLane):
+    """The device is far behind the host."""
+
+    def copy(self, target, source):
+        with torch.cuda.stream(self._copies):
+            torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        return super().copy(target, source)
+
+
+@pytest.mark.gpu
+def test_parked_inputs_leave_a_gpu_however_far_behind_it_is():
+    device, tokens = torch.device("cuda"), 4096
+
+    def peak(*, offload: bool) -> int:
+        """Of what computing can't use: allocated, or freed and held back."""
+        model = torch.nn.Module.to(lanes.model(), device)
+        lane = Dawdling(device)
+        recompute.enable(
+            model, range(BLOCKS), offload_activations=offload, device=device, lane=lane
+        )
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            lanes.loss(model, seed=1, tokens=tokens, device="cuda").backward()
+        return torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+
+    width = 2 * 16  # heads and their width, as in tiny
+    parked = (DOUBLE - 1 + SINGLE) * 2 * tokens * width * 4
+    assert peak(offload=True) < peak(offload=False) - parked / 2

@@ -58,9 +58,13 @@ def runtime(monkeypatch) -> Runtime:
     return notes
 
 
+def host_memory(size: int, *, device: torch.device = CUDA) -> transfer.HostMemory:
+    return transfer.HostMemory(size, device=device, remedy="train on paper")
+
+
 @pytest.mark.parametrize("size", [1, PAGESIZE, PAGESIZE + 1, 5 * PAGESIZE - 3])
 def test_whole_pages_are_locked_and_no_more(runtime: Runtime, size: int):
-    memories = [transfer.HostMemory(size, device=CUDA) for _ in range(4)]
+    memories = [host_memory(size) for _ in range(4)]
     pages = -(-size // PAGESIZE) * PAGESIZE
     assert [memory.bytes.numel() for memory in memories] == [size] * 4
     assert list(runtime.locked.values()) == [pages] * 4
@@ -68,7 +72,7 @@ def test_whole_pages_are_locked_and_no_more(runtime: Runtime, size: int):
 
 
 def test_memory_is_given_back_with_its_owner_but_not_under_a_view(runtime: Runtime):
-    memory = transfer.HostMemory(10, device=CUDA)
+    memory = host_memory(10)
     view = memory.bytes[2:4]
     view.fill_(7)
     del memory
@@ -79,22 +83,21 @@ def test_memory_is_given_back_with_its_owner_but_not_under_a_view(runtime: Runti
 
 def test_what_cannot_be_locked_is_said(runtime: Runtime):
     with pytest.raises(MachineError) as caught:
-        transfer.HostMemory(101 * PAGESIZE, device=CUDA)
-    assert "memory.resident_blocks: 0.00 GB of RAM for a streamed block" in str(caught.value)
-    assert "(out of memory)" in str(caught.value)
-    assert "keep more blocks resident" in str(caught.value)
+        host_memory(101 * PAGESIZE)
+    assert "0.00 GB of RAM can't be page-locked (out of memory)" in str(caught.value)
+    assert str(caught.value).endswith(", or train on paper.")
     assert runtime.locked == {}
 
 
 def test_nothing_is_locked_for_the_cpu(runtime: Runtime):
-    transfer.HostMemory(10, device=torch.device("cpu"))
+    host_memory(10, device=torch.device("cpu"))
     assert runtime.locked == {}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_locked_memory_is_pinned_on_a_gpu():
-    memory = transfer.HostMemory(3 * PAGESIZE, device=CUDA)
+    memory = host_memory(3 * PAGESIZE)
     assert memory.bytes.is_pinned()
     memory.bytes.fill_(5)
     target = torch.zeros(3 * PAGESIZE, dtype=torch.uint8, device=CUDA)
