@@ -74,7 +74,8 @@ def limit(device: torch.device, size: float) -> None:
     _, total = torch.cuda.mem_get_info(device)
     if size > total:
         raise MachineError(f"a limit of {size / 1e9:g} GB: this GPU has {total / 1e9:.1f}")
-    torch.cuda.set_per_process_memory_fraction((size - outside(device)) / total, device)
+    # of the current device, which is this one: it refuses "cuda" without a number
+    torch.cuda.set_per_process_memory_fraction((size - outside(device)) / total)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -86,14 +87,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def peak_memory() -> int:
     """The most RAM that this process has held, bytes.
 
-    getrusage would count what its parent held when it was forked.
+    getrusage, which would count what its parent held when it was forked, only where the system
+    doesn't say it otherwise: macOS, and sandboxes that imitate a part of /proc.
     """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        import resource
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
