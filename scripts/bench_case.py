@@ -6,7 +6,7 @@ a run. Measuring is `bench_shape`'s.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from scripts import bench_base
 from train.assemble import Memory
 from train.config import Config
 from train.errors import ConfigError, bullet_list
-from train.loading.base import DTYPES
 from train.loading.shapes import SHAPES, Shape
 from train.planning import budget, footprint, machine, phases
 from train.planning.budget import Decision
@@ -66,13 +65,8 @@ class Case:
 
     def step(self, config: Config) -> footprint.Step:
         """What memory and time depend on."""
-        return footprint.Step(
-            target=Geometry(self.size, self.size),
-            batch_size=self.batch,
-            dtype=DTYPES[config.base.dtype],
-            quantize=config.base.quantize,
-            text_tokens=self.text_tokens,
-        )
+        step = phases.step_of(config, Geometry(self.size, self.size), ())
+        return replace(step, text_tokens=self.text_tokens)
 
 
 @dataclass(frozen=True)

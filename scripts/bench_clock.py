@@ -73,7 +73,8 @@ def limit(device: torch.device, size: float) -> None:
     _, total = torch.cuda.mem_get_info(device)
     if size > total:
         raise MachineError(f"a limit of {size / 1e9:g} GB: this GPU has {total / 1e9:.1f}")
-    torch.cuda.set_per_process_memory_fraction((size - outside(device)) / total, device)
+    # of the current device, which is this one: it refuses "cuda" without a number
+    torch.cuda.set_per_process_memory_fraction((size - outside(device)) / total)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

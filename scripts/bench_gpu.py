@@ -7,8 +7,10 @@ This process never touches the GPU: its context would take memory from the rows.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,11 +36,13 @@ TESTS = tuple(
 )
 """Those marked gpu: they prove streams, kernels and a step without waiting, where numbers can't."""
 
-TESTS_SECONDS, EAGER, COMPILED, LEAST = 150, 150, 300, 25
-"""Limits of the tests and of a row; with less left than the last, none is begun."""
+TESTS_SECONDS = 150
 
 STEPS = "--steps 5 --warmup 2"
+TINY = "--shape small --size 64 --text-tokens 16 --steps 1 --warmup 1"
+REPLACED = ("--shape", "--size", "--limit-gb", "--steps", "--warmup")
 DEV = "--shape dev --optimizer adamw8bit"
+KLEIN = "--optimizer adamw8bit --steps 20 --warmup 3"
 PEER = "--peer diffusers"
 
 
@@ -49,50 +53,64 @@ class Row:
     name: str
     arguments: str
     """Of `kindling bench train`."""
-    seconds: int = EAGER
-    """Given up after so long."""
+    seconds: int = 120
+    """Given up after so long, about thrice what it should take; with less than a third of it left
+    it isn't begun."""
 
+
+AIMS = (
+    Row("dev", f"{DEV} {PEER}", 180),
+    Row("dev in 24 GB", "--config configs/dev-24gb.yaml --limit-gb 24", 180),
+    Row("dev in 16 GB, 512", "--config configs/dev-16gb.yaml --limit-gb 16 --size 512", 180),
+    Row("dev in 80 GB", "--config configs/dev-80gb.yaml --limit-gb 80"),
+    Row("dev half streamed", f"{DEV} --resident 28", 210),
+    Row(
+        "dev compiled, least recomputed",
+        f"{DEV} --compile --checkpointing auto {PEER}",
+        420,
+    ),
+)
+"""What `bench_aims` needs. The one that compiles comes last: it alone may take minutes."""
 
 ROWS = (
-    Row("dev", f"{DEV} {PEER}"),
-    Row("dev compiled", f"{DEV} --compile {PEER}", COMPILED),
-    Row("dev compiled, least recomputed", f"{DEV} --compile --checkpointing auto {PEER}", COMPILED),
-    Row("dev, branch in fp32", f"{DEV} --branch fp32"),
+    *AIMS,
+    Row("dev, least recomputed", f"{DEV} --checkpointing auto"),
+    Row("dev compiled", f"{DEV} --compile", 300),
     Row("dev fp8", f"{DEV} --quantize fp8"),
     Row("dev nf4", f"{DEV} --quantize nf4"),
     Row("dev int8", f"{DEV} --quantize int8"),
-    Row("dev in 24 GB", "--config configs/dev-24gb.yaml --limit-gb 24", 200),
-    Row("dev in 16 GB, 512", "--config configs/dev-16gb.yaml --limit-gb 16 --size 512", 200),
-    Row("dev in 80 GB", "--config configs/dev-80gb.yaml --limit-gb 80"),
-    Row("dev half streamed", f"{DEV} --resident 28", 200),
-    Row("dev fp8 half streamed", f"{DEV} --quantize fp8 --resident 28", 200),
+    Row("dev fp8 half streamed", f"{DEV} --quantize fp8 --resident 28", 180),
+    Row("klein-4b", f"--shape klein-4b {KLEIN} {PEER}", 90),
+    Row("klein-9b", f"--shape klein-9b {KLEIN} {PEER}", 90),
     Row("dev fp8 products", f"{DEV} --quantize fp8 --fp8-matmul"),
-    Row("dev fp8 products compiled", f"{DEV} --quantize fp8 --fp8-matmul --compile", COMPILED),
-    Row("klein-4b", f"--shape klein-4b {PEER}"),
-    Row("klein-9b", f"--shape klein-9b {PEER}"),
-    Row("klein-4b compiled", "--shape klein-4b --compile --checkpointing auto", COMPILED),
-    Row("klein-9b compiled", "--shape klein-9b --compile --checkpointing auto", COMPILED),
-    Row("klein-4b, 512", "--shape klein-4b --size 512"),
-    Row("klein-9b, 512", "--shape klein-9b --size 512"),
-    Row("klein-4b, 768", "--shape klein-4b --size 768"),
-    Row("klein-9b, 768", "--shape klein-9b --size 768"),
+    Row("dev fp8 products compiled", f"{DEV} --quantize fp8 --fp8-matmul --compile", 300),
+    Row("klein-4b compiled", f"--shape klein-4b {KLEIN} --compile --checkpointing auto", 240),
+    Row("klein-9b compiled", f"--shape klein-9b {KLEIN} --compile --checkpointing auto", 240),
+    Row("dev, branch in fp32", f"{DEV} --branch fp32"),
+    Row("klein-4b, 512", f"--shape klein-4b {KLEIN} --size 512", 75),
+    Row("klein-9b, 512", f"--shape klein-9b {KLEIN} --size 512", 75),
     Row("dev, 512", f"{DEV} --size 512"),
-    Row("dev, 768", f"{DEV} --size 768"),
-    Row("dev fp8 x2", f"{DEV} --quantize fp8 --batch 2"),
-    Row("dev fp8 x4", f"{DEV} --quantize fp8 --batch 4"),
-    Row("dev x2", f"{DEV} --batch 2"),
-    Row("dev x4", f"{DEV} --batch 4"),
-    Row("klein-4b x4, 512", "--shape klein-4b --size 512 --batch 4"),
-    Row("klein-9b x4, 512", "--shape klein-9b --size 512 --batch 4"),
-    Row("dev in 32 GB", "--config configs/dev-32gb.yaml --limit-gb 32", 200),
+    Row("dev in 32 GB", "--config configs/dev-32gb.yaml --limit-gb 32", 180),
     Row("dev in 48 GB", "--config configs/dev-48gb.yaml --limit-gb 48"),
-    Row("dev in 16 GB, 1024", "--config configs/dev-16gb.yaml --limit-gb 16 --size 1024", 200),
-    Row("klein-4b in 12 GB", "--config configs/klein-4b-12gb.yaml --limit-gb 12"),
-    Row("klein-9b in 24 GB", "--config configs/klein-9b-24gb.yaml --limit-gb 24"),
-    Row("klein-4b in 24 GB", "--config configs/klein-4b-24gb.yaml --limit-gb 24"),
-    Row("klein-9b in 48 GB", "--config configs/klein-9b-48gb.yaml --limit-gb 48"),
+    Row("dev in 16 GB, 1024", "--config configs/dev-16gb.yaml --limit-gb 16 --size 1024", 180),
+    Row("klein-4b in 12 GB", "--config configs/klein-4b-12gb.yaml --limit-gb 12", 75),
+    Row("klein-9b in 24 GB", "--config configs/klein-9b-24gb.yaml --limit-gb 24", 75),
+    Row("klein-4b in 24 GB", "--config configs/klein-4b-24gb.yaml --limit-gb 24", 75),
+    Row("klein-9b in 48 GB", "--config configs/klein-9b-48gb.yaml --limit-gb 48", 75),
     Row("dev in 141 GB", "--config configs/dev-141gb.yaml --limit-gb 141"),
+    Row("dev fp8 x2", f"{DEV} --quantize fp8 --batch 2 --steps 3"),
+    Row("dev x2", f"{DEV} --batch 2 --steps 3"),
+    Row("klein-4b x4, 512", f"--shape klein-4b {KLEIN} --size 512 --batch 4", 75),
+    Row("klein-9b x4, 512", f"--shape klein-9b {KLEIN} --size 512 --batch 4", 75),
+    Row("klein-4b, 768", f"--shape klein-4b {KLEIN} --size 768", 75),
+    Row("klein-9b, 768", f"--shape klein-9b {KLEIN} --size 768", 75),
+    Row("dev, 768", f"{DEV} --size 768"),
+    Row("dev fp8 x4", f"{DEV} --quantize fp8 --batch 4 --steps 3 --warmup 1", 180),
+    Row("dev x4", f"{DEV} --batch 4 --steps 3 --warmup 1", 180),
 )
+
+HOPELESS = 3
+"""If so many rows have failed and none has not, the time that is left is better spent on why."""
 
 COMPARED = (
     ("dev half streamed", "dev"),
@@ -110,20 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"command": sys.argv[1:] if argv is None else list(argv), "rows": []}
     if options.after:
         report |= json.loads(options.after.read_text(encoding="utf-8"))
+        _check_same_gpu(report, options.after)
     rows = [row for row in ROWS if any(fnmatchcase(row.name, p) for p in options.rows)]
     rows = list(smoke(rows)) if options.smoke else rows
+    tests = not (options.smoke or options.no_tests or "tests" in report)
     with (options.out / LOG).open("a", encoding="utf-8") as log:
-        if "tests" not in report and not (options.smoke or options.no_tests):
-            report["tests"] = run_tests(log, seconds=min(TESTS_SECONDS, end - time.monotonic()))
+        for _ in run_all(rows, report, tests=tests, log=log, end=end):
             bench_report.write(report, options.out / REPORT)
-        done = {row["name"] for row in report["rows"] if "result" in row}
-        failed = {row["name"] for row in report["rows"] if "failed" in row}
-        rows.sort(key=lambda row: row.name in failed)  # what may fail again comes last
-        report["rows"] = [row for row in report["rows"] if row["name"] in done]
-        for row in rows:
-            if row.name not in done:
-                report["rows"].append(run(row, report, log=log, left=end - time.monotonic()))
-                bench_report.write(report, options.out / REPORT)
     print(text(report))
     return 0 if any("result" in row for row in report["rows"]) else 1
 
@@ -143,19 +154,46 @@ def smoke(rows: Sequence[Row]) -> Iterator[Row]:
     """The rows on the small shape, without what only a GPU has; equal ones once."""
     seen = set()
     for row in rows:
-        words = row.arguments.replace("--compile", "").replace("--resident 28", "--resident 3")
-        given = words.split()
-        if "--limit-gb" in given:
-            place = given.index("--limit-gb")
-            del given[place : place + 2]
-        keep = [w for n, w in enumerate(given) if "--shape" not in given[max(0, n - 1) : n + 1]]
-        arguments = " ".join([*keep, "--shape small --size 64 --text-tokens 16"])
+        words = iter(row.arguments.replace("--compile", "").split())
+        keep = [word for word in words if word not in REPLACED or not next(words)]
+        if "--resident" in keep:
+            keep[keep.index("--resident") + 1] = "3"
+        arguments = " ".join([*keep, TINY])
         if arguments not in seen:
             seen.add(arguments)
             yield Row(row.name, arguments, row.seconds)
 
 
 # ---- processes
+
+
+def run_all(
+    rows: Sequence[Row], report: dict[str, Any], *, tests: bool, log: Any, end: float
+) -> Iterator[None]:
+    """Whatever the report lacks, in its order, what failed before last; yields when it has more.
+
+    tests: those marked gpu, too, once the aims have been tried.
+    """
+    before = {row["name"]: row for row in report["rows"]}
+    missing = [row for row in rows if "result" not in before.get(row.name, {})]
+    missing.sort(key=lambda row: "failed" in before.get(row.name, {}))
+    failures = 0
+    for number, row in enumerate(missing):
+        left = end - time.monotonic()
+        if tests and row not in AIMS and left >= TESTS_SECONDS / 3:
+            report["tests"] = run_tests(log, seconds=min(TESTS_SECONDS, left))
+            tests, left = False, end - time.monotonic()
+            yield
+        if number == failures == HOPELESS and not any("result" in one for one in report["rows"]):
+            print("nothing works, so nothing more is tried", file=sys.stderr)
+            return
+        found = run(row, report, log=log, left=left)
+        failures += "failed" in found
+        if "left_out" in found and "failed" in before.get(row.name, {}):
+            continue  # why it failed says more
+        others = [one for one in report["rows"] if one["name"] != row.name]
+        report["rows"] = [*others, found]
+        yield
 
 
 def run_tests(log: Any, *, seconds: float) -> dict[str, Any]:
@@ -171,7 +209,7 @@ def run_tests(log: Any, *, seconds: float) -> dict[str, Any]:
 def run(row: Row, report: dict[str, Any], *, log: Any, left: float) -> dict[str, Any]:
     """A row's result, or what became of it. The first one tells the report of the machine."""
     found: dict[str, Any] = {"name": row.name, "arguments": row.arguments}
-    if left < LEAST:
+    if left < row.seconds / 3:
         return {**found, "left_out": "no time left"}
     print(f"{row.name} ...", file=sys.stderr, flush=True)
     began = time.monotonic()
@@ -184,20 +222,25 @@ def run(row: Row, report: dict[str, Any], *, log: Any, left: float) -> dict[str,
             for key in ("date", "machine", "versions"):
                 report.setdefault(key, whole[key])
             return {**found, "result": whole["results"][0]}
+    if isinstance(status, str) and left < row.seconds:  # not its fault: it keeps its place
+        return {**found, "left_out": f"{status}, when the time was over"}
     return {**found, "failed": status, "end": output[-5:]}
 
 
 def measure(row: Row, path: Path, *, log: Any, seconds: float) -> tuple[int | str, list[str]]:
     """The row's own command, in a process of its own."""
-    command = [sys.executable, "-m", "scripts.kindling", "bench", "train"]
-    steps = "--steps 1 --warmup 1" if "--shape small" in row.arguments else STEPS
-    lacking = "" if find_spec("bitsandbytes") else "--optimizer adamw"  # 0.6 GB more on dev
-    arguments = [*row.arguments.split(), *lacking.split(), *steps.split(), "--json", str(path)]
-    return _run([*command, *arguments], log=log, seconds=seconds)
+    command = [sys.executable, "-m", "scripts.kindling", "bench", "train", *STEPS.split()]
+    command += row.arguments.split()
+    if find_spec("bitsandbytes") is None:
+        command += ["--optimizer", "adamw"]  # 0.6 GB more on dev
+    return _run([*command, "--json", str(path)], log=log, seconds=seconds)
 
 
 def _run(command: list[str], *, log: Any, seconds: float) -> tuple[int | str, list[str]]:
-    """Status, and lines of output; past its time the process is killed with all it started."""
+    """Status, and lines of output; past its time the process is killed with all it started.
+
+    In a group of its own, not in a session: whoever ends this program's session ends it as well.
+    """
     log.write(f"\n$ {' '.join(command)}\n")
     log.flush()
     start = log.tell()
@@ -209,27 +252,44 @@ def _run(command: list[str], *, log: Any, seconds: float) -> tuple[int | str, li
         env=environment,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        process_group=0,
     )
     status: int | str
     try:
         status = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         status = f"stopped after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+                process.wait(timeout=30)
     with Path(log.name).open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         lines = [line for line in file.read().splitlines() if line.strip()]
     return status, lines
 
 
+def _check_same_gpu(report: dict[str, Any], path: Path) -> None:
+    """Rows of two kinds of GPU in one table would compare the GPUs."""
+    before = (report.get("machine", {}).get("gpu") or {}).get("name")
+    if before is None or shutil.which("nvidia-smi") is None:
+        return
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines()
+    if names and names[0].strip() != before:
+        sys.exit(
+            f"{path} was measured on {before}, this machine has {names[0].strip()}: start a table "
+            "of its own, without --after"
+        )
+
+
 # ---- what is said of it
 
 
 def text(report: dict[str, Any]) -> str:
-    """The table, what has no figures, and what the issue of this table asks for."""
-    from scripts import bench_shape
+    """The table, what has no figures, comparisons, and at the end the aims one by one."""
+    from scripts import bench_aims, bench_shape
 
     measured = [row for row in report["rows"] if "result" in row]
     lines = [bench_shape.row(row["result"], name=row["name"]) for row in measured]
@@ -242,7 +302,7 @@ def text(report: dict[str, Any]) -> str:
     if "tests" in report:
         tests = report["tests"]
         parts.append(f"tests marked gpu: {tests['status']} {' '.join(tests.get('end', [])[-1:])}")
-    return "\n".join([*parts, *findings(measured)])
+    return "\n".join([*parts, *findings(measured), "", *bench_aims.lines(measured)])
 
 
 def findings(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -272,4 +332,5 @@ def findings(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its row, too
     sys.exit(main())

@@ -2,10 +2,11 @@
 
 What diffusers' own example for dreambooth with FLUX.2 does with `--gradient_checkpointing
 --use_8bit_adam --mixed_precision bf16 --cache_latents`, written anew: the adapter as `add_adapter`
-makes it, autocast as accelerate puts it around the model, noise levels by the scheduler's table,
-AdamW of bitsandbytes in 8 bits, the loss read after each step. Latents and prompts wait on the
-device, as the example's do. Everything after the optimizer's step (its checkpoints, its logs) is
-left out. Targets and rank are those that Kindling trains.
+makes it, so in the base's bf16 (the example casts to fp32 for fp16 alone), autocast as accelerate
+puts it around the model, noise levels by the scheduler's table, AdamW of bitsandbytes in 8 bits,
+the loss read after each step. Latents and prompts wait on the device, as the example's do.
+Everything after the optimizer's step (its checkpoints, its logs) is left out. Targets and rank are
+those that Kindling trains.
 """
 
 from collections.abc import Iterator, Sequence

@@ -41,6 +41,10 @@ class Product:
         return 2.0 * self.rows * self.inner * self.columns
 
 
+SQUARE = Product(8192, 8192, 8192, 1)
+"""What rates of GPUs are usually told by. The model's own products can be slower, but not much."""
+
+
 def model_flops(config: Mapping[str, Any], step: footprint.Step) -> dict[str, float]:
     """Of a whole step. config: arguments of Flux2Transformer2DModel."""
     matrices, attention = phases.forward_work(config, step)

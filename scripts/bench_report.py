@@ -95,6 +95,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """As JSON."""
+    """As JSON; whoever is killed meanwhile leaves the file as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.part")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    unfinished.write_text(f"{text}\n", encoding="utf-8")
+    unfinished.replace(path)

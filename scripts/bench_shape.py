@@ -7,6 +7,7 @@ trains the same frozen weights in the same process. Running out of memory is a r
 
 import gc
 import multiprocessing
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -61,6 +62,9 @@ def measure(case: Case) -> dict[str, Any]:
         flops = bench_rate.model_flops(arguments, step)
         products = list(bench_rate.products(arguments, step))
         rates = [bench_rate.measured(products, device=device, dtype=step.dtype)]
+        square = None
+        if device.type == "cuda":  # it would take a CPU minutes
+            square = bench_rate.measured([bench_rate.SQUARE], device=device, dtype=step.dtype)
         bench_clock.forget_peaks(device)
         planned = plan(case, config, device=device)
         if case.limit_gb is not None:
@@ -83,6 +87,7 @@ def measure(case: Case) -> dict[str, Any]:
         "tokens": {"pictures": step.target.tokens, "text": case.text_tokens},
         "flops": flops,
         "rates": rates,
+        "square_rate": square,
         "plan": _as_json(planned),
         **sides,
         **_compared(sides),
@@ -179,6 +184,9 @@ class _Bench:
 
         try:
             return {"optimizer": bench_peer.optimizer_name(), **self._side(prepare)}
+        except Exception as error:  # its fault must not cost what is measured of ours
+            traceback.print_exc()
+            return {"failed": f"{type(error).__name__}: {error}"}
         finally:
             bench_peer.detach(transformer)
 
@@ -282,6 +290,8 @@ def row(result: dict[str, Any], *, name: str | None = None) -> tuple[str, ...]:
 
 
 def _speed(side: Side) -> tuple[str, str, str]:
+    if "failed" in side:
+        return "failed", "-", "-"
     if "out_of_memory" in side:
         return f"no room ({side['out_of_memory']})", "-", "-"
     if "seconds" not in side:

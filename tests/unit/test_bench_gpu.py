@@ -1,13 +1,15 @@
 """The whole table: its rows are valid, nothing that was measured is lost, and it runs anywhere."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts import bench, bench_case, bench_gpu
+from scripts import bench, bench_aims, bench_case, bench_gpu
 from scripts.bench_gpu import Row
 
 RESULT = {
@@ -20,7 +22,7 @@ RESULT = {
         "peaks": {"allocated": 10e9, "reserved": 11e9, "ram": 4e9},
     },
 }
-REPORT = {"date": "today", "machine": {"gpu": "G"}, "versions": {}, "results": [RESULT]}
+REPORT = {"date": "today", "machine": {"gpu": None}, "versions": {}, "results": [RESULT]}
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *, fails: tuple[str, ...] = ()) -> list[str]:
@@ -54,11 +56,12 @@ def test_every_row_can_be_asked_for(tmp_path: Path, row: Row) -> None:
         assert (config.base.quantize, config.memory.resident_blocks) == ("none", "all")
 
 
-def test_rows_have_names_of_their_own_and_the_first_minutes_the_aims() -> None:
+def test_rows_have_names_of_their_own_and_the_first_call_the_aims() -> None:
     names = [row.name for row in bench_gpu.ROWS]
     assert len(set(names)) == len(names)
-    first = names[: names.index("dev half streamed") + 1]
-    assert {"dev", "dev compiled", "dev in 24 GB", "dev in 16 GB, 512", "dev in 80 GB"} < {*first}
+    assert bench_gpu.ROWS[: len(bench_gpu.AIMS)] == bench_gpu.AIMS
+    assert sum(row.seconds for row in bench_gpu.AIMS) / 3 < 9 * 60
+    assert {*bench_aims.PLAIN, "dev half streamed"} < {*names}
 
 
 def test_the_tests_for_a_gpu_are_all_of_the_engines() -> None:
@@ -78,6 +81,7 @@ def test_tiny_rows_need_no_gpu_and_are_run_once(tmp_path: Path) -> None:
     for row in rows:
         assert "--limit-gb" not in row.arguments
         assert "--compile" not in row.arguments
+        assert row.arguments.count("--steps") == 1
         options = bench.build_parser().parse_args(["train", *row.arguments.split()])
         (case,) = bench_case.of_options(options)
         assert (case.shape, case.size) == ("small", 64)
@@ -104,9 +108,9 @@ def test_what_is_measured_is_written_after_each_row(
     assert bench_gpu.main(arguments) == 0
     assert written == list(range(1, len(ran) + 1))
     found = report(tmp_path)
-    assert found["machine"] == {"gpu": "G"}
+    assert found["machine"] == {"gpu": None}
     assert [row["name"] for row in found["rows"]] == ran
-    assert found["rows"][2]["failed"] == 1
+    assert [row["name"] for row in found["rows"] if "failed" in row] == ["dev nf4"]
     shown = capsys.readouterr().out
     assert "dev nf4: failed (1): ImportError: no such thing" in shown
     assert "dev half streamed: +0.0 % time beside dev" in shown
@@ -123,7 +127,70 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.Mon
     after = ["--after", str(before / bench_gpu.REPORT)]
     assert bench_gpu.main(["--out", str(tmp_path), *common, *after]) == 0
     assert ran == ["dev", "dev int8", "klein-4b", "dev int8"]
-    assert [row["name"] for row in report(tmp_path)["rows"]] == ["dev", "klein-4b", "dev int8"]
+    rows = report(tmp_path)["rows"]
+    assert [row["name"] for row in rows] == ["dev", "klein-4b", "dev int8"]
+    assert bench_gpu.main(["--out", str(tmp_path), *common, *after, "--minutes", "0"]) == 0
+    assert len(ran) == 4
+    assert [row.get("failed") for row in report(tmp_path)["rows"]] == [None, 1, None]
+
+
+def test_who_was_cut_off_by_the_end_keeps_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by its own limit a row comes last the next time; stopped by the end, first."""
+    given = []
+
+    def measure(row: Row, path: Path, *, seconds: float, **_: Any) -> tuple[str, list[str]]:
+        given.append(seconds)
+        return f"stopped after {seconds:.0f} s", []
+
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    row = Row("dev", "", 90)
+    with (tmp_path / "log").open("w") as log:
+        assert "failed" in bench_gpu.run(row, {}, log=log, left=91)
+        found = bench_gpu.run(row, {}, log=log, left=40)
+        assert "left_out" in bench_gpu.run(row, {}, log=log, left=29)
+    assert found["left_out"] == "stopped after 40 s, when the time was over"
+    assert given == [90, 40]
+
+
+def test_the_gpus_tests_come_after_the_aims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = fake(monkeypatch)
+    monkeypatch.setattr(bench_gpu, "run_tests", lambda *_, **__: {"status": len(ran)})
+    assert bench_gpu.main(["--out", str(tmp_path), "--rows", "dev*"]) == 0
+    assert report(tmp_path)["tests"] == {"status": len(bench_gpu.AIMS)}
+
+
+def test_where_nothing_works_nothing_more_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tuple(row.name for row in bench_gpu.ROWS)
+    ran = fake(monkeypatch, fails=names)
+    assert bench_gpu.main(["--out", str(tmp_path), "--no-tests"]) == 1
+    assert ran == [*names[: bench_gpu.HOPELESS]]
+    ran = fake(monkeypatch, fails=names[1:])
+    assert bench_gpu.main(["--out", str(tmp_path), "--no-tests"]) == 0
+    assert ran == [*names]
+
+
+def test_a_table_is_of_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = fake(monkeypatch)
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"machine": {"gpu": {"name": "NVIDIA H200"}}, "rows": []}))
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    arguments = ["--out", str(tmp_path), "--no-tests", "--rows", "dev", "--after", str(before)]
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        tool.write_text(f"#!/bin/sh\necho {name}\n")
+        tool.chmod(0o755)
+        if "H200" in name:
+            assert bench_gpu.main(arguments) == 0
+        else:
+            with pytest.raises(SystemExit, match=r"on NVIDIA H200, this machine has NVIDIA H100"):
+                bench_gpu.main(arguments)
+    assert ran == ["dev"]
 
 
 def test_without_time_rows_are_left_out_and_say_so(
@@ -144,6 +211,40 @@ def test_a_process_is_stopped_with_all_it_started(tmp_path: Path) -> None:
         assert status == "stopped after 1 s"
         status, lines = bench_gpu._run([sys.executable, "-c", "print(7)"], log=log, seconds=60)
     assert (status, lines) == (0, ["7"])
+
+
+def test_whoever_ends_it_ends_the_row(tmp_path: Path) -> None:
+    def end(*_: Any) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    number = tmp_path / "pid"
+    command = ["sh", "-c", f"echo $$ > {number}; sleep 60"]
+    try:
+        with (tmp_path / "log").open("a") as log, pytest.raises(SystemExit):
+            bench_gpu._run(command, log=log, seconds=60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
+def test_killed_while_it_writes_it_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.json"
+    bench_gpu.bench_report.write({"rows": [1]}, path)
+
+    def killed(self: Path, text: str, **_: Any) -> None:
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.bench_report.write({"rows": [1, 2]}, path)
+    assert json.loads(path.read_text()) == {"rows": [1]}
 
 
 ABSENT = """
@@ -176,4 +277,4 @@ def test_a_row_of_its_own_process_needs_no_data_tools(
     (row,) = report(tmp_path / "out")["rows"]
     assert row["result"]["plan"]["blocks"] == 6
     log = (tmp_path / "out" / bench_gpu.LOG).read_text(encoding="utf-8")
-    assert "bench train --config configs/dev-24gb.yaml" in log
+    assert "--config configs/dev-24gb.yaml" in log

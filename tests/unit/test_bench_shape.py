@@ -89,6 +89,12 @@ def test_a_peer_needs_plain_weights_and_a_limit_a_gpu() -> None:
         bench_shape.measure(case(limit_gb=4.0))
 
 
+def test_what_is_planned_is_what_is_run(tmp_path: Path) -> None:
+    (one,) = cases("--shape", "dev", "--quantize", "fp8", "--fp8-matmul", "--attention", "flash")
+    step = one.step(one.config(tmp_path))
+    assert (step.fp8_matmul, step.attention, step.text_tokens) == (True, "flash", 512)
+
+
 def test_auto_settings_are_those_of_the_plan(tmp_path: Path) -> None:
     sections = {"memory": {"gradient_checkpointing": "auto", "resident_blocks": "auto"}}
     dev = Case("dev", 1024, 1, {"base": {"quantize": "fp8"}, **sections}, limit_gb=24.0)
@@ -169,6 +175,22 @@ def test_a_clock_times_between_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         clock.mark()
     assert clock.seconds() == [0.5, 2.5]
+
+
+def test_a_limit_is_for_the_device_that_accelerate_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no number, which torch's own function refuses; what isn't torch's counts."""
+    given = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (90e9, 100e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 9e9)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    native = "_cuda_setMemoryFraction"
+    monkeypatch.setattr(torch._C, native, lambda *a: given.append(a), raising=False)
+    bench_clock.limit(torch.device("cuda"), 24e9)
+    assert given == [(pytest.approx(0.23), 0)]
+    with pytest.raises(MachineError, match="a limit of 101 GB: this GPU has 100"):
+        bench_clock.limit(torch.device("cuda"), 101e9)
 
 
 # ---- the sides
@@ -266,6 +288,20 @@ def test_no_room_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_base, "build", full)
     result = bench_shape.measure(case())
     assert result["kindling"]["out_of_memory"] == "loading"
+
+
+def test_a_peer_that_fails_costs_nothing_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(bench_peer, "_loss", wrong)
+    result = bench_shape.measure(case(peer=True))
+    assert result["peer"] == {"failed": "TypeError: no such kernel"}
+    assert "no such kernel" in capsys.readouterr().err
+    assert "seconds" in result["kindling"]
+    assert "failed" in bench_shape.row(result)
 
 
 def test_other_errors_are_not_taken_for_lack_of_room(monkeypatch: pytest.MonkeyPatch) -> None:

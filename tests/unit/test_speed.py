@@ -13,6 +13,7 @@ from train import assemble, lora, objective, speed
 from train.batch import Batch
 from train.config import Config, LoraConfig
 from train.errors import ConfigError, MachineError
+from train.memory import recompute
 
 CPU = torch.device("cpu")
 GEOMETRIES = ((4, 4), (4, 6), (8, 4), (3, 5), (5, 5), (7, 4))
@@ -93,6 +94,27 @@ def graphs_over_shapes(transformer: Any, *, undo: ExitStack) -> tuple[int, int]:
             objective.losses(transformer, one, dtype=torch.float32, guidance=1.0)
     assert not counters["graph_break"]
     return training, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("guidance", "recomputed"), [(True, 0), (True, 4), (False, 7)])
+def test_blocks_of_a_class_share_their_code(
+    undo: ExitStack, monkeypatch: pytest.MonkeyPatch, guidance: bool, recomputed: int
+) -> None:
+    """Three graphs for any number of blocks: two of the first class, one of the other, for dev
+    and klein. inductor is asked no oftener, though each block has a wrapper of its own."""
+    asked = []
+    backend = "torch._inductor.compile_fx.compile_fx"
+    monkeypatch.setattr(backend, lambda graph, *_, **__: asked.append(graph) or graph)
+    transformer = tiny.transformer(guidance=guidance, double=3, single=4)
+    lora.attach(transformer, LORA, seed=1)
+    if recomputed:
+        recompute.enable(transformer, range(recomputed), offload_activations=False, device=CPU)
+    speed.compile_blocks(transformer.train(), undo=undo)
+    told = 1.0 if guidance else None
+    for _ in range(2):
+        losses = objective.losses(transformer, batch(4, 4), dtype=torch.float32, guidance=told)
+        losses.mean().backward()
+        assert len(asked) == counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.slow
