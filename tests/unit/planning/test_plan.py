@@ -18,6 +18,7 @@ from train.errors import ConfigError
 from train.planning import budget, facts, forecast, phases, plan
 from train.planning.forecast import Forecast, Room
 from train.planning.machine import CARDS
+from train.planning.metered import Meters, step_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -60,7 +61,7 @@ def make(card: int | None, *, ram: int | None = None, disk: int | None = None, *
     config = Config.model_validate(tree)
     base = facts.of(config.base)
     room = Room(CARDS[card] if card else None, ram, disk)
-    meters = phases.Meters(base)
+    meters = Meters(base)
     found = forecast.forecast(config, base, plan._pictures(config), room=room, meters=meters)
     return found, base, room, meters
 
@@ -237,7 +238,7 @@ def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
     two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
     config = Config.model_validate(tree)
     base = facts.of(config.base)
-    whole = phases.Meters(base).step(config.lora, phases.step_of(config, Geometry(1024, 1024), ()))
+    whole = Meters(base).step(config.lora, step_of(config, Geometry(1024, 1024), ()))
     blocks = [block.weights for block in whole.blocks]
     saved = sum(blocks) / 2 - whole.others / 2 - budget.GATHERED * max(blocks)
     assert one["need"]["held"] - two["need"]["held"] == pytest.approx(saved, abs=100)
