@@ -1,7 +1,7 @@
 """The `kindling` command: which subcommand is which module's, and how errors end.
 
-Imports a subcommand's module only when it is called, so that help is instant. Each module owns its
-arguments: `main(argv) -> int`.
+Imports a subcommand's module only when it is called, and that imports what does the work only once
+its arguments are read, so all help is instant. Each module owns its arguments: `main(argv) -> int`.
 """
 
 import difflib
@@ -43,24 +43,24 @@ COMMANDS = {
     "plan": Command(
         "train.planning.plan", "what a config takes of GPU, RAM, disk and time, and what fits"
     ),
-    "export": Command(
-        "train.adapters.export_run", "write a run's adapter files and their certificate"
-    ),
+    "export": Command("train.commands.export", "write a run's adapter files and their certificate"),
     "certify": Command(
-        "train.adapters.examine", "what an adapter file holds, and what each loader does with it"
+        "train.commands.certify", "what an adapter file holds, and what each loader does with it"
     ),
     "convert": Command(
-        "train.adapters.convert", "write any program's adapter for diffusers, ComfyUI or kohya"
+        "train.commands.convert", "write any program's adapter for diffusers, ComfyUI or kohya"
     ),
-    "merge": Command("train.adapters.merge", "add adapters up, or an adapter to its base"),
-    "resize": Command("train.adapters.resize", "an adapter of fewer ranks, and what that loses"),
+    "merge": Command("train.commands.merge", "add adapters up, or an adapter to its base"),
+    "resize": Command("train.commands.resize", "an adapter of fewer ranks, and what that loses"),
     "publish": Command(
-        "train.publishing.command", "model card, metadata and pictures as a folder; its upload"
+        "train.commands.publish", "model card, metadata and pictures as a folder; its upload"
     ),
     "generate": Command(
-        "train.generate.command", "draw pictures with a base and adapters at strengths"
+        "train.commands.generate", "draw pictures with a base and adapters at strengths"
     ),
-    "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
+    "compare": Command(
+        "train.commands.compare", "draw a board: base against adapter, over checkpoints"
+    ),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
     "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),
 }

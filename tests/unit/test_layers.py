@@ -18,7 +18,7 @@ LAYERS = {
         *("train", "data_tools", "scripts", "train.errors"),
         *("train.loading", "train.planning", "train.memory", "train.validation"),
         "train.publishing",
-        "train.generate",
+        *("train.generate", "train.commands", "train.adapters"),
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.machine"),
@@ -81,7 +81,7 @@ LAYERS = {
             "train.loading.kept",
             "train.loading.transformer",
         ),
-        *("train.adapters", "train.adapters.files", "train.adapters.updates"),
+        *("train.adapters.files", "train.adapters.updates"),
         *("train.adapters.comfyui", "train.adapters.layouts", "train.adapters.intent"),
         *("train.adapters.source", "train.adapters.opening"),
         *("train.adapters.write", "train.adapters.export", "train.adapters.workflow"),
@@ -111,7 +111,7 @@ LAYERS = {
         "train.run",
         *("train.adapters.export_run", "train.adapters.examine"),
         *("train.adapters.convert", "train.adapters.merge", "train.adapters.resize"),
-        *("train.compare", "train.generate.command"),
+        *("train.compare", "train.generate.drawing"),
         *("train.planning.metered", "train.planning.phases"),
         *("train.planning.forecast", "train.planning.automatic"),
     ],
@@ -119,7 +119,7 @@ LAYERS = {
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         "data_tools.inspect.looks",
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
-        "train.publishing.*",
+        *("train.publishing.*", "train.commands.*"),
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -220,6 +220,7 @@ SIDEWAYS = {
     "train.planning.automatic": {"train.planning.metered"},
     "train.planning.plan": {"train.doctor"},
     "train.publishing.*": {"train.publishing.*"},
+    "train.commands.publish": {"train.publishing.*"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }

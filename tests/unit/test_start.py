@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import kindling
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +32,22 @@ def test_config_and_command_line_come_without_torch() -> None:
 def test_help_comes_without_pydantic() -> None:
     code = "import sys, scripts.kindling; print('pydantic' in sys.modules)"
     assert python("-c", code, cwd=ROOT) == "False"
+
+
+BENCHES = ["bench train", "bench start", "bench data"]
+
+
+@pytest.mark.parametrize("command", [*kindling.COMMANDS, *BENCHES])
+def test_help_of_a_command_comes_without_torch(command: str) -> None:
+    code = (
+        "import sys\nfrom scripts import kindling\n"
+        f"try:\n    kindling.main([*{command.split()}, '--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "print({'torch', 'diffusers', 'transformers', 'datasets', 'httpx'} & set(sys.modules))"
+    )
+    said = python("-c", code, cwd=ROOT)
+    assert said.startswith(f"usage: kindling {command} ")
+    assert said.endswith("\nset()")
 
 
 @pytest.mark.parametrize("is_package", [True, False])

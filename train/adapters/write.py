@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.adapters import files, layouts
+from train.adapters import LAYOUTS, files, layouts
 from train.adapters.intent import PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import (
@@ -40,8 +40,6 @@ from train.adapters.updates import (
 )
 from train.errors import CheckpointError, ConfigError
 from train.loading.names import SWAPPED
-
-LAYOUTS = ("diffusers", "comfyui", "kohya")
 
 MAX_ROUNDING_LOSS = 0.01
 """Of a tensor's norm. bf16 loses at most 0.4 %; fp16 loses more only where weights are too small

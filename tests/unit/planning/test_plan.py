@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,20 +204,6 @@ def test_operations_are_those_that_torch_counts() -> None:
         objective.predict(model, batch, dtype=step.dtype, guidance=None)
     ours = sum(phases.forward_work(small, step))
     assert flops.get_total_flops() == pytest.approx(ours, rel=0.05)  # and the adapter, embeddings
-
-
-def test_help_comes_without_torch() -> None:
-    code = (
-        "import sys, scripts.kindling as k\n"
-        "try: k.main(['plan', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('torch' in sys.modules or 'pydantic' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "False"
-    assert "--gpu {12,16,24,32,48,80,141}" in done.stdout
 
 
 def test_cards_of_the_option_are_those_of_the_table() -> None:
