@@ -6,6 +6,7 @@ its arguments are read, so all help is instant. Each module owns its arguments: 
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from train.errors import Stopped, UserError
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
 """Plus the signal's number, as shells have it."""
+SIGPIPE = 13
+"""`signal` has it under this name, but not on Windows."""
 
 
 class Command(NamedTuple):
@@ -78,7 +81,39 @@ Training has a command of its own:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch to the subcommand; the exit code."""
+    """Run a command; the exit code. Ends quietly when nobody reads its output any more."""
+    try:
+        try:
+            code = dispatch(argv)
+        except SystemExit:  # argparse's, help and all
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, or Python does it at its end and complains
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return EXIT_SIGNAL + SIGPIPE
+    return code
+
+
+def _output_is_closed() -> bool:
+    """Whether stdout or stderr has lost its reader; then what they still get is dropped.
+
+    A broken pipe may be another one (a connection, a child), and that is an error to be seen.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(file=stream, flush=True)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in (sys.stdout, sys.stderr):
+                os.dup2(nowhere, output.fileno())
+            return True
+    return False
+
+
+def dispatch(argv: list[str] | None) -> int:
+    """Call the subcommand that is named; the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help"):
         print(help_text(), end="")
