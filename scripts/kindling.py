@@ -1,12 +1,13 @@
 """The `kindling` command: which subcommand is which module's, and how errors end.
 
-Imports a subcommand's module only when it is called, so that help is instant. Each module owns its
-arguments: `main(argv) -> int`.
+Imports a subcommand's module only when it is called, and that imports what does the work only once
+its arguments are read, so all help is instant. Each module owns its arguments: `main(argv) -> int`.
 """
 
 import difflib
 import importlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from train.errors import Stopped, UserError
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
 """Plus the signal's number, as shells have it."""
+SIGPIPE = 13
+"""`signal` has it under this name, but not on Windows."""
 
 
 class Command(NamedTuple):
@@ -44,24 +47,24 @@ COMMANDS = {
     "plan": Command(
         "train.planning.plan", "what a config takes of GPU, RAM, disk and time, and what fits"
     ),
-    "export": Command(
-        "train.adapters.export_run", "write a run's adapter files and their certificate"
-    ),
+    "export": Command("train.commands.export", "write a run's adapter files and their certificate"),
     "certify": Command(
-        "train.adapters.examine", "what an adapter file holds, and what each loader does with it"
+        "train.commands.certify", "what an adapter file holds, and what each loader does with it"
     ),
     "convert": Command(
-        "train.adapters.convert", "write any program's adapter for diffusers, ComfyUI or kohya"
+        "train.commands.convert", "write any program's adapter for diffusers, ComfyUI or kohya"
     ),
-    "merge": Command("train.adapters.merge", "add adapters up, or an adapter to its base"),
-    "resize": Command("train.adapters.resize", "an adapter of fewer ranks, and what that loses"),
+    "merge": Command("train.commands.merge", "add adapters up, or an adapter to its base"),
+    "resize": Command("train.commands.resize", "an adapter of fewer ranks, and what that loses"),
     "publish": Command(
-        "train.publishing.command", "model card, metadata and pictures as a folder; its upload"
+        "train.commands.publish", "model card, metadata and pictures as a folder; its upload"
     ),
     "generate": Command(
-        "train.generate.command", "draw pictures with a base and adapters at strengths"
+        "train.commands.generate", "draw pictures with a base and adapters at strengths"
     ),
-    "compare": Command("train.compare", "draw a board: base against adapter, over checkpoints"),
+    "compare": Command(
+        "train.commands.compare", "draw a board: base against adapter, over checkpoints"
+    ),
     "bench": Command("scripts.bench", "measure speed and memory, as a table and JSON"),
     "doctor": Command("train.doctor", "what works on this machine, and what to do about the rest"),
 }
@@ -79,7 +82,39 @@ Training has a command of its own:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch to the subcommand; the exit code."""
+    """Run a command; the exit code. Ends quietly when nobody reads its output any more."""
+    try:
+        try:
+            code = dispatch(argv)
+        except SystemExit:  # argparse's, help and all
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, or Python does it at its end and complains
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return EXIT_SIGNAL + SIGPIPE
+    return code
+
+
+def _output_is_closed() -> bool:
+    """Whether stdout or stderr has lost its reader; then what they still get is dropped.
+
+    A broken pipe may be another one (a connection, a child), and that is an error to be seen.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(file=stream, flush=True)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in (sys.stdout, sys.stderr):
+                os.dup2(nowhere, output.fileno())
+            return True
+    return False
+
+
+def dispatch(argv: list[str] | None) -> int:
+    """Call the subcommand that is named; the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help"):
         print(help_text(), end="")

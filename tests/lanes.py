@@ -1,7 +1,7 @@
 """A course of training on a small transformer, and lanes whose timing is as bad as allowed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from tests import tiny
 from train import lora
 from train.config import LoraConfig
+from train.memory import offload, recompute
+from train.memory.transfer import Lane
 
 DOUBLE, SINGLE = 3, 7
+BLOCKS = DOUBLE + SINGLE
+
+VARIANTS = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "dropout": {"dropout": 0.3},
+    "int8": {"int8": True, "dtype": torch.bfloat16},
+}
 
 Job = tuple[Tensor, Tensor]
 
@@ -88,6 +98,22 @@ def model(
     for parameter in lora.trainable(transformer):
         nn.init.normal_(parameter, std=0.1)
     return transformer.train()
+
+
+def streaming(
+    variant: str,
+    *,
+    resident: int,
+    slots: int = 3,
+    lane: Lane | None = None,
+    recomputed: Literal["all", "none"] | int = "none",
+) -> tuple[Flux2Transformer2DModel, offload.Streaming]:
+    """A model whose blocks are streamed, and what `attach` said."""
+    transformer, cpu = model(**VARIANTS[variant]), torch.device("cpu")
+    done = offload.attach(transformer, resident=resident, device=cpu, slots=slots, lane=lane)
+    numbers = recompute.chosen(BLOCKS, recomputed)
+    recompute.enable(transformer, numbers, offload_activations=False, device=cpu)
+    return transformer, done
 
 
 def loss(transformer: nn.Module, *, seed: int, tokens: int = 12, device: str = "cpu") -> Tensor:

@@ -1,10 +1,7 @@
-"""`kindling compare`: the same prompts and seeds from the base and from a run, as a board.
+"""Boards of a run: the same prompts and seeds from the base and from its adapters.
 
-The adapter comes from its exported file through diffusers' own loader, into a base that has never
-seen the training. Checkpoints are exported for the occasion.
-"""
+Owns what is drawn and how it is kept. The run's own adapter comes from its exported file."""
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -53,38 +50,38 @@ class Drawn:
     """Of each prompt and seed."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Draw a board from the command line."""
-    arguments = _parse(argv)
-    run: Path = arguments.run
+def compare(
+    run: Path,
+    *,
+    prompts: Sequence[str] | None,
+    seeds: int,
+    strengths: Sequence[float],
+    checkpoints: bool,
+    steps: int | None,
+    output: Path | None,
+) -> Path:
+    """Draw a run's board, pictures beside it; its path.
+
+    prompts, steps: None is as the config's previews. checkpoints: a column for each. output: a
+    folder. Raises CheckpointError for what is no run or isn't exported, ConfigError without
+    prompts.
+    """
     if not (run / CONFIG).is_file():
         raise CheckpointError(f"{run}: not the folder of a run (it has no {CONFIG})")
     config = reading.load(run / CONFIG)
-    given, preview = arguments.prompt, config.preview
-    prompts = given or preview.texts
-    references = [()] * len(prompts) if given else preview.references
+    references = [()] * len(prompts) if prompts else config.preview.references
+    prompts = prompts or config.preview.texts
     if not prompts:
         raise ConfigError(f"{run}: its config has no previews; give --prompt, once or more")
-    output: Path = arguments.output or run / "compare"
     with tempfile.TemporaryDirectory() as scratch:
         columns = _columns(
-            run,
-            config,
-            strengths=arguments.strengths,
-            checkpoints=arguments.checkpoints,
-            scratch=Path(scratch),
+            run, config, strengths=strengths, checkpoints=checkpoints, scratch=Path(scratch)
         )
         rows = draw_all(
-            config,
-            columns,
-            prompts=prompts,
-            references=references,
-            seeds=arguments.seeds,
-            steps=arguments.steps,
+            config, columns, prompts=prompts, references=references, seeds=seeds, steps=steps
         )
     drawn = Drawn([column.label for column in columns], prompts, references, rows)
-    print(f"board: {_save(output, run.name, drawn, seeds=arguments.seeds)}")
-    return 0
+    return _save(output or run / "compare", run.name, drawn, seeds=seeds)
 
 
 def draw_all(
@@ -193,22 +190,3 @@ def _side_by_side(names: Sequence[str]) -> Image.Image:
         strip.paste(image, (at, 0))
         at += image.width
     return strip
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kindling compare", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--prompt", action="append", help="instead of the config's; repeatable")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures for each prompt")
-    parser.add_argument(
-        "--strengths",
-        type=lambda text: [float(part) for part in text.split(",")],
-        default=[1.0],
-        help="of the adapter, such as 0.5,1",
-    )
-    parser.add_argument(
-        "--checkpoints", action="store_true", help="a column for each checkpoint of the run"
-    )
-    parser.add_argument("--steps", type=int, help="denoising steps; default as in the config")
-    parser.add_argument("--output", type=Path, help="folder to write to; default RUN/compare")
-    return parser.parse_args(argv)

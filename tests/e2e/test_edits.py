@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests import runs
 from tests.e2e.conftest import TrainRun
-from train import compare
+from train.commands import compare
 from train.errors import ConfigError
 
 

@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 
 from tests import bfl, runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import checkpoint, compare, lora
-from train.adapters import export, export_run, files
+from train import checkpoint, lora
+from train.adapters import export, files
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
 from train.average import ema_decay
+from train.commands import compare
+from train.commands import export as export_command
 from train.errors import ConfigError
 from train.loading.names import Shape, diffusers_places
 from train.loading.weights import PREFIX
@@ -108,7 +110,7 @@ def test_a_run_on_a_single_file(quantize, train_run: TrainRun, dev_folder, tmp_p
     certificate = json.loads((folder / "tiny.certificate.json").read_text(encoding="utf-8"))
     assert certificate["passed"]
     copy = folder / "copy.safetensors"
-    assert export_run.main([str(folder), "--output", str(copy)]) == 0
+    assert export_command.main([str(folder), "--output", str(copy)]) == 0
     written = [load_file(path) for path in (copy, folder / "tiny.safetensors")]
     torch.testing.assert_close(*written, rtol=0, atol=0)
     assert compare.main([str(folder), "--prompt", "a fox", "--steps", "1"]) == 0
@@ -116,7 +118,7 @@ def test_a_run_on_a_single_file(quantize, train_run: TrainRun, dev_folder, tmp_p
     assert pictures[0] != pictures[1]
     file.unlink()
     with pytest.raises(ConfigError, match=r"base\.transformer: .* there is no file"):
-        export_run.main([str(folder)])
+        export_command.main([str(folder)])
 
 
 @pytest.mark.parametrize("optim", ["adamw", "schedulefree"])
@@ -197,7 +199,7 @@ def test_export_writes_every_layout_with_its_certificate(train_run: TrainRun, ca
     folder = train_run("layouts")
     capsys.readouterr()
     before = (folder / "tiny.safetensors").read_bytes()
-    assert export_run.main([str(folder), "--format", "comfyui,kohya", "--dtype", "bf16"]) == 0
+    assert export_command.main([str(folder), "--format", "comfyui,kohya", "--dtype", "bf16"]) == 0
     assert capsys.readouterr().out.count("certificate: loads in diffusers and in ComfyUI") == 2
     assert (folder / "tiny.safetensors").read_bytes() == before
     places = diffusers_places(Shape.of(tiny.transformer(guidance=True)))
@@ -221,14 +223,14 @@ def updates_in(path: Path):
 
 def test_export_refuses_a_layout_that_does_not_exist(capsys):
     with pytest.raises(SystemExit):
-        export_run.main(["runs/x", "--format", "comfyui,kohja"])
+        export_command.main(["runs/x", "--format", "comfyui,kohja"])
     assert "no layout 'kohja'; there are diffusers, comfyui, kohya" in capsys.readouterr().err
 
 
 def test_export_can_be_asked_for_the_other_weights(train_run: TrainRun, tmp_path: Path):
     folder = train_run("other weights", train={"ema": 0.5, "steps": 2})
     output = tmp_path / "last.safetensors"
-    assert export_run.main([str(folder), "--weights", "last", "--output", str(output)]) == 0
+    assert export_command.main([str(folder), "--weights", "last", "--output", str(output)]) == 0
     saved = checkpoint.load(runs.last_checkpoint(folder))
     found, metadata = export.read(output), files.load(output)[1]
     assert metadata["kindling.weights"] == "last"

@@ -7,9 +7,9 @@ import torch
 from tests.e2e.conftest import TrainRun
 from train import checkpoint
 from train.adapters import certify
+from train.commands import publish as command
 from train.config import reading
 from train.loading.base import resolve
-from train.publishing import command
 
 
 def test_the_carried_certificate_is_what_certifying_says(train_run: TrainRun, capsys) -> None:

@@ -10,8 +10,7 @@ from diffusers import Flux2Transformer2DModel
 
 from tests import bfl, runs, tiny
 from tests.e2e.conftest import TrainRun
-from train import compare
-from train.adapters import export_run
+from train.commands import compare, export
 from train.errors import ConfigError
 from train.loading.frozen import KINDS
 from train.loading.stored import Stored
@@ -65,7 +64,7 @@ def test_a_run_resumes_to_the_bit_on_the_kept_copy(
     assert not any(file.is_relative_to(dev_folder) for file in seen)
     assert len(list((whole / "previews").iterdir())) == 2
     assert passed_on(whole / "tiny.certificate.json") == kind
-    assert export_run.main([str(whole), "--output", str(whole / "again.safetensors")]) == 0
+    assert export.main([str(whole), "--output", str(whole / "again.safetensors")]) == 0
     assert compare.main([str(whole)]) == 0
 
 

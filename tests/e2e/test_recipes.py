@@ -6,9 +6,10 @@ import pytest
 from huggingface_hub import constants
 
 from train.config import reading
-from train.planning import facts, forecast, phases, plan
+from train.planning import facts, forecast, plan
 from train.planning.forecast import Forecast, Room
 from train.planning.machine import CARDS
+from train.planning.metered import Meters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,11 +28,11 @@ TOO_SMALL = {
 """Recipe -> the largest card that refuses it, if there is one."""
 
 
-def make(name: str, card: int, meters: phases.Meters | None = None) -> Forecast:
+def make(name: str, card: int, meters: Meters | None = None) -> Forecast:
     config = reading.load(ROOT / "configs" / f"{name}.yaml")
     base = facts.of(config.base)
     room = Room(CARDS[card], None, None)
-    meters = meters or phases.Meters(base)
+    meters = meters or Meters(base)
     return forecast.forecast(config, base, plan._pictures(config), room=room, meters=meters)
 
 
@@ -45,7 +46,7 @@ def test_a_recipe_fits_its_card(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     size = int(name.rsplit("-", 1)[1].removesuffix("gb"))
     config = reading.load(ROOT / "configs" / f"{name}.yaml")
-    meters = phases.Meters(facts.of(config.base))
+    meters = Meters(facts.of(config.base))
     assert make(name, size, meters).lacking == ()
     smaller = TOO_SMALL[name]
     if smaller is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests import runs
 from tests.e2e.conftest import TrainRun
 from train import checkpoint, run
-from train.adapters import export_run
+from train.commands import export
 from train.errors import CheckpointError, Stopped
 from train.track import Tracker
 from train.trainer import Trainer
@@ -210,18 +210,18 @@ def test_kindling_export_chooses_the_same_and_says_what_it_can_t(made_up, train_
     made_up(OVERFIT)
     folder = train_run("chosen", **sections())
     capfd.readouterr()
-    assert export_run.main([str(folder)]) == 0
+    assert export.main([str(folder)]) == 0
     assert "checkpoint: best, step 2; " in capfd.readouterr().out
-    assert export_run.main([str(folder / "checkpoints" / "step-000006")]) == 0
+    assert export.main([str(folder / "checkpoints" / "step-000006")]) == 0
     assert "checkpoint: named, step 6; by the user" in capfd.readouterr().out
     (folder / "checkpoints" / "step-000002" / "adapter.safetensors").write_bytes(b"")
-    assert export_run.main([str(folder)]) == 0
+    assert export.main([str(folder)]) == 0
     assert "checkpoint: last, step 6; the best can't be read: " in capfd.readouterr().out
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     config = text.replace("checkpoint: auto", "checkpoint: best")
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     with pytest.raises(CheckpointError, match="changed after it was saved"):
-        export_run.main([str(folder)])
+        export.main([str(folder)])
 
 
 def test_a_stop_leaves_its_check_to_the_resumed_run(shared, dev_folder, monkeypatch):

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tests.interop import common, layouts
-from train.adapters import certify, comfyui, examine, export, files
+from train.adapters import LAYOUTS, certify, comfyui, examine, export, files
 from train.adapters.convert import convert
 from train.adapters.source import Source
 from train.adapters.updates import LowRank
-from train.adapters.write import LAYOUTS
 from train.errors import CheckpointError
 from train.loading.names import Shape, diffusers_places
 from train.lora import Adapter

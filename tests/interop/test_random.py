@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from tests.interop import common, layouts
-from train.adapters import examine, export, files
+from train.adapters import LAYOUTS, examine, export, files
 from train.adapters.convert import convert
-from train.adapters.write import LAYOUTS
 from train.loading.names import Shape
 from train.lora import Adapter
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tests import runs, tiny
 from tests.interop import common
 from train.adapters import export, usage
-from train.generate import command
+from train.commands import generate as command
 
 PROMPTS = ["a red circle", "blue"]
 

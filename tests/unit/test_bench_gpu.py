@@ -237,7 +237,7 @@ def test_killed_while_it_writes_it_leaves_what_was_there(
     bench_gpu.bench_report.write({"rows": [1]}, path)
 
     def killed(self: Path, text: str, **_: Any) -> None:
-        with self.open("w") as file:
+        with self.open("w", encoding="utf-8") as file:
             file.write(text[:5])
         raise KeyboardInterrupt
 

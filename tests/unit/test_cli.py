@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +86,67 @@ def test_interrupt_has_the_shells_exit_code(capsys: pytest.CaptureFixture) -> No
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         kindling.run_main(lambda: 1 // 0)
+
+
+def run_unread(*arguments: str, both: bool = False, **environment: str) -> tuple[int, str]:
+    """Run Python with nobody at the other end of stdout, or of both outputs; code and stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=writer,
+        stderr=writer if both else subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+PIPES = pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+
+
+@PIPES
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        ("--help", ""),
+        ("--help", "1"),
+        ("merge --help", ""),  # unbuffered, argparse takes no notice
+        ("inspect scripts/toy/data/style --resolution 64", ""),
+        ("inspect scripts/toy/data/style --resolution 64", "1"),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments: str, unbuffered: str) -> None:
+    """As `yes` is ended by `head`: 128 + SIGPIPE, and no complaint."""
+    command = ["-m", "scripts.kindling", *arguments.split()]
+    code, error = run_unread(*command, PYTHONUNBUFFERED=unbuffered)
+    assert code == 141
+    assert "Traceback" not in error
+    assert "BrokenPipe" not in error
+
+
+@PIPES
+def test_an_error_that_nobody_reads_ends_quietly_too() -> None:
+    assert run_unread("-m", "scripts.kindling", "nonsense", both=True)[0] == 141
+
+
+@PIPES
+def test_training_keeps_its_own_end_without_a_reader() -> None:
+    """Python's own: 120 where only its last flush fails."""
+    code, error = run_unread("train.py", "--help", PYTHONUNBUFFERED="")
+    assert code == 120
+    assert "BrokenPipeError" in error
+
+
+def test_another_broken_pipe_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: list[str] | None) -> int:
+        raise BrokenPipeError("a connection's")
+
+    monkeypatch.setattr(kindling, "dispatch", broken)
+    with pytest.raises(BrokenPipeError, match="a connection's"):
+        kindling.main(["publish"])
 
 
 @pytest.mark.parametrize(

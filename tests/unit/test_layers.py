@@ -5,8 +5,6 @@ functions and under TYPE_CHECKING count. Only our own modules are looked at.
 """
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +18,7 @@ LAYERS = {
         *("train", "data_tools", "scripts", "train.errors"),
         *("train.loading", "train.planning", "train.memory", "train.validation"),
         "train.publishing",
-        "train.generate",
+        *("train.generate", "train.commands", "train.adapters"),
     ],
     1: [
         *("train.config.schema", "train.config.adapter", "train.config.machine"),
@@ -83,7 +81,7 @@ LAYERS = {
             "train.loading.kept",
             "train.loading.transformer",
         ),
-        *("train.adapters", "train.adapters.files", "train.adapters.updates"),
+        *("train.adapters.files", "train.adapters.updates"),
         *("train.adapters.comfyui", "train.adapters.layouts", "train.adapters.intent"),
         *("train.adapters.source", "train.adapters.opening"),
         *("train.adapters.write", "train.adapters.export", "train.adapters.workflow"),
@@ -113,16 +111,15 @@ LAYERS = {
         "train.run",
         *("train.adapters.export_run", "train.adapters.examine"),
         *("train.adapters.convert", "train.adapters.merge", "train.adapters.resize"),
-        *("train.compare", "train.generate.command"),
-        "train.planning.phases",
-        "train.planning.forecast",
-        "train.planning.automatic",
+        *("train.compare", "train.generate.drawing"),
+        *("train.planning.metered", "train.planning.phases"),
+        *("train.planning.forecast", "train.planning.automatic"),
     ],
     7: [
         *("data_tools.inspect.report", "data_tools.inspect.page", "data_tools.inspect.tokens"),
         "data_tools.inspect.looks",
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
-        "train.publishing.*",
+        *("train.publishing.*", "train.commands.*"),
         *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
     ],
 }
@@ -218,10 +215,12 @@ SIDEWAYS = {
     "train.adapters.merge": {"train.adapters.convert", "train.adapters.resize"},
     "train.run": {"train.adapters.export_run", "train.planning.automatic"},
     "train.compare": {"train.adapters.export_run"},
-    "train.planning.forecast": {"train.planning.phases"},
-    "train.planning.automatic": {"train.planning.phases"},
+    "train.planning.phases": {"train.planning.metered"},
+    "train.planning.forecast": {"train.planning.phases", "train.planning.metered"},
+    "train.planning.automatic": {"train.planning.metered"},
     "train.planning.plan": {"train.doctor"},
     "train.publishing.*": {"train.publishing.*"},
+    "train.commands.publish": {"train.publishing.*"},
     "train.py": {"scripts.kindling"},
     "scripts.*": {"scripts.*", "data_tools.inspect.command"},
 }
@@ -334,43 +333,3 @@ def test_a_wrong_import_is_seen(module: str, imported: str) -> None:
 def test_every_kind_of_import_is_seen(source: str, found: set[str]) -> None:
     modules = {"train", "train.flow", "train.lora"}
     assert set(imports(ast.parse(source), package="train", modules=modules)) == found
-
-
-def python(*arguments: str, cwd: Path) -> str:
-    """Run this Python; its output, stripped."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def test_config_and_command_line_come_without_torch() -> None:
-    names = sorted(m for m in source_files() if m.startswith(("train.config", "scripts.kindling")))
-    heavy = {"torch", "numpy", "diffusers", "transformers"}
-    code = f"import sys, {', '.join(names)}; print(sorted({heavy} & set(sys.modules)))"
-    assert "train.config" in names
-    assert python("-c", code, cwd=ROOT) == "[]"
-
-
-def test_help_comes_without_pydantic() -> None:
-    code = "import sys, scripts.kindling; print('pydantic' in sys.modules)"
-    assert python("-c", code, cwd=ROOT) == "False"
-
-
-@pytest.mark.parametrize("is_package", [True, False])
-def test_the_launcher_finds_the_package_of_its_own_name(tmp_path: Path, is_package: bool) -> None:
-    """`train.py` beside `train/` imports from the folder, and only thanks to its __init__.py."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "part.py").write_text("place = 'package'\n")
-    if is_package:
-        (tmp_path / "train" / "__init__.py").touch()
-    launcher = "try:\n    from train import part\nexcept ImportError:\n    print('lost')\n"
-    (tmp_path / "train.py").write_text(launcher + "else:\n    print(part.place)\n")
-    answer = python("-S", "train.py", cwd=tmp_path)  # -S: without the installed Kindling
-    assert answer.splitlines()[0] == ("package" if is_package else "lost")
-
-
-def test_the_package_wins_over_the_launcher_here() -> None:
-    assert (ROOT / "train" / "__init__.py").is_file()
-    found = python("-c", "import train; print(train.__file__)", cwd=ROOT)
-    assert Path(found) == ROOT / "train" / "__init__.py"

@@ -1,10 +1,9 @@
 """What is in an adapter file, anyone's, and what each loader does with every key of it.
 
-Owns the report and the command. The loaders' verdicts are `loaders`'; for our own exports,
+Owns the report. The loaders' verdicts are `loaders`'; for our own exports,
 `certify` proves more (the outputs of a real base).
 """
 
-import argparse
 import math
 import statistics
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from train.adapters import files, layouts, loaders, page, rounding, skeleton
+from train.adapters import files, layouts, loaders, rounding, skeleton
 from train.adapters.opening import open_any, released
 from train.adapters.source import BASES, Source
 from train.adapters.updates import Kronecker, Update, inner, tensors_of
@@ -140,23 +139,3 @@ def _norm(update: Update) -> float:
         return abs(update.scale) * sides.item()
     factors = update.factors(torch.float32)
     return max(inner(factors, factors), 0.0) ** 0.5
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Certify from the command line; 0 if both loaders use every key at strength 1, else 1."""
-    parser = argparse.ArgumentParser(prog="kindling certify", description=__doc__)
-    parser.add_argument("file", type=Path, help="an adapter of any program, as safetensors")
-    parser.add_argument(
-        "--base", help="dev, klein-4b, klein-9b or a diffusers folder; default: by the shapes"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the whole report here")
-    parser.add_argument("--html", type=Path, metavar="PATH", help="write it as a page")
-    arguments = parser.parse_args(argv)
-    report = examine(arguments.file, base=arguments.base)
-    outputs = ((arguments.json, page.as_json), (arguments.html, page.as_html))
-    for path, render in outputs:
-        if path is not None:
-            with files.replacing(path) as partial:
-                partial.write_text(render(report), encoding="utf-8")
-    print(page.as_text(report))
-    return 0 if report["passed"] else 1

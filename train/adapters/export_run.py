@@ -1,6 +1,6 @@
-"""`kindling export`: a run, or one of its checkpoints, to an adapter file with its certificate."""
+"""A run, or one of its checkpoints, to an adapter file with its certificate."""
 
-import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,7 +11,6 @@ import torch
 
 from train import checkpoint
 from train.adapters import certify, export, usage
-from train.adapters.write import LAYOUTS
 from train.checkpoint import Checkpoint
 from train.config import Config, ExportConfig, reading
 from train.errors import CheckpointError
@@ -30,41 +29,31 @@ from train.validation.verdict import History
 CONFIG = "config.yaml"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Export from the command line; 0 if the certificate passes, 1 if it doesn't."""
-    parser = argparse.ArgumentParser(prog="kindling export", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument(
-        "--format",
-        type=_layouts,
-        metavar="LAYOUT,...",
-        help=f"any of {', '.join(LAYOUTS)}; default: diffusers, which ComfyUI loads too, and of "
-        "DoRA, where it doesn't, comfyui beside it",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="instead of the config's export.dtype")
-    parser.add_argument(
-        "--output", type=Path, help="default: RUN/NAME.safetensors, NAME-comfyui.safetensors, ..."
-    )
-    parser.add_argument(
-        "--weights", choices=["average", "last"], help="instead of the config's export.weights"
-    )
-    arguments = parser.parse_args(argv)
-    changes = {"export.weights": arguments.weights, "export.dtype": arguments.dtype}
-    run, config, chosen = _find(arguments.run, changes=changes)
+def export_again(
+    path: Path,
+    *,
+    layouts: Sequence[str] | None,
+    output: Path | None,
+    changes: dict[str, str | None],
+) -> bool:
+    """Export a run, or the checkpoint whose folder `path` is, and print what was written.
+
+    layouts: None is `formats_of`'s. output: None is the run's own file. changes: settings in place
+    of the config's; None leaves them. Returns whether all certificates pass.
+    """
+    run, config, chosen = _find(path, changes=changes)
     base = resolve(config.base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = arguments.output or run / f"{config.name}.safetensors"
+    target = output or run / f"{config.name}.safetensors"
     transformer = base.load_transformer(device, cache=Path(config.cache))
     passed = True
-    formats = arguments.format or formats_of(config)
-    for layout in formats:
-        path = output
-        if arguments.output is None or len(formats) > 1:
-            path = place(output, layout)
-        certificate = publish(config, base, transformer, chosen, path=path, layout=layout)
-        print(summary(certificate, path))
+    layouts = layouts or formats_of(config)
+    for layout in layouts:
+        file = place(target, layout) if output is None or len(layouts) > 1 else target
+        certificate = publish(config, base, transformer, chosen, path=file, layout=layout)
+        print(summary(certificate, file))
         passed &= certificate["passed"]
-    return 0 if passed else 1
+    return passed
 
 
 def formats_of(config: Config) -> tuple[str, ...]:
@@ -157,7 +146,7 @@ def publish(
     what helps to use it.
 
     transformer: the base's, without adapters; it is handed back unchanged. layout: one of
-    `write.LAYOUTS`.
+    `LAYOUTS`.
     """
     adapter = chosen.saved.shown(config.export.weights)
     metadata = export.describe(_facts(config, base, transformer, chosen), adapter)
@@ -217,16 +206,6 @@ def weights_of(config: Config) -> str:
     if config.train.ema is not None and config.export.weights == "average":
         return f"average (ema {config.train.ema:g})"
     return "last"
-
-
-def _layouts(text: str) -> tuple[str, ...]:
-    """Of --format. Raises argparse's error for an unknown one."""
-    names = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in LAYOUTS]:
-        raise argparse.ArgumentTypeError(
-            f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}"
-        )
-    return names
 
 
 def _find(path: Path, *, changes: dict[str, str | None]) -> tuple[Path, Config, Chosen]:

@@ -1,19 +1,13 @@
-"""`kindling resize`: an adapter of fewer ranks, the nearest one there is.
+"""An adapter of fewer ranks, the nearest one there is. Owns that, and words for what is kept."""
 
-Each update is cut to its greatest singular values, found through the QR of its factors, so that no
-weight is ever formed. The energy kept is the share of the squared norm. q, k and v that share one
-down in the file are cut as one, and stay so.
-"""
-
-import argparse
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.adapters.convert import error_text, layout_of
+from train.adapters.convert import layout_of
 from train.adapters.opening import open_adapter
 from train.adapters.updates import LowRank, Update, truncated
-from train.adapters.write import LAYOUTS, Outcome, save
+from train.adapters.write import Outcome, save
 from train.errors import CheckpointError, ConfigError
 from train.loading.base import DTYPES
 
@@ -24,30 +18,6 @@ class Kept:
 
     energy: dict[str, float] = field(default_factory=dict)
     rank: dict[str, int] = field(default_factory=dict)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Resize from the command line."""
-    parser = argparse.ArgumentParser(prog="kindling resize", description=__doc__)
-    parser.add_argument("file", type=Path, help="an adapter of any program, as safetensors")
-    parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--rank", type=int, help="at most so many ranks")
-    parser.add_argument("--energy", type=float, help="as few ranks as keep this share, like 0.99")
-    parser.add_argument("--to", choices=LAYOUTS, help="default: the file's own")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32")
-    arguments = parser.parse_args(argv)
-    outcome, kept = resize(
-        arguments.file,
-        arguments.output,
-        rank=arguments.rank,
-        energy=arguments.energy,
-        to=arguments.to,
-        dtype=arguments.dtype,
-    )
-    written = f"in writing the cut updates: {error_text(outcome)}"
-    print(f"{arguments.output}: {len(outcome.modules)} Linears; {written}")
-    print(summary(kept))
-    return 0
 
 
 def resize(

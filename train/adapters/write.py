@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.adapters import files, layouts
+from train.adapters import LAYOUTS, files, layouts
 from train.adapters.intent import PEFT_METADATA, PREFIX
 from train.adapters.source import Group
 from train.adapters.updates import (
@@ -40,8 +40,6 @@ from train.adapters.updates import (
 )
 from train.errors import CheckpointError, ConfigError
 from train.loading.names import SWAPPED
-
-LAYOUTS = ("diffusers", "comfyui", "kohya")
 
 MAX_ROUNDING_LOSS = 0.01
 """Of a tensor's norm. bf16 loses at most 0.4 %; fp16 loses more only where weights are too small
@@ -84,12 +82,11 @@ def save(
     """
     assert layout in LAYOUTS
     outcome = Outcome()
-    to_names = _diffusers if layout == "diffusers" else _bfl
 
     def pieces() -> Iterator[Named]:
         for weight, group in groups:
             outcome.modules += group
-            yield from to_names(weight, group, layout, dtype, outcome)
+            yield from _tensors(weight, group, layout, dtype, outcome)
 
     def describe(digest: str) -> dict[str, str]:
         return _metadata(metadata, outcome, layout, digest)
@@ -98,26 +95,13 @@ def save(
     return outcome
 
 
-def _diffusers(
+def _tensors(
     weight: str, group: Group, layout: str, dtype: torch.dtype | None, outcome: Outcome
 ) -> Iterator[Named]:
-    for module, update in group.items():
-        if isinstance(update, Kronecker):
-            yield from _lokr(f"{PREFIX}{module}", update, dtype, module, outcome)
-            continue
-        down, up = _halves(update, dtype, module, outcome)
-        yield f"{PREFIX}{module}.lora_A.weight", down
-        yield f"{PREFIX}{module}.lora_B.weight", up
-        if update.magnitude is not None:
-            magnitude = _rounded(update.magnitude, _writable(update.magnitude.dtype), module)
-            yield f"{PREFIX}{module}.lora_magnitude_vector", magnitude
-
-
-def _bfl(
-    weight: str, group: Group, layout: str, dtype: torch.dtype | None, outcome: Outcome
-) -> Iterator[Named]:
+    if layout == "diffusers" or (layout == "comfyui" and not _one_dora(weight, group)):
+        yield from _by_module(group, layout, dtype, outcome)
+        return
     kohya = layout == "kohya"
-    name = f"lora_unet_{weight.replace('.', '_')}" if kohya else f"diffusion_model.{weight}"
     if kohya and not _one_lokr(weight, group):
         for module, update in group.items():
             assert isinstance(update, Kronecker)
@@ -126,9 +110,7 @@ def _bfl(
             rank = 1 if update.halves is None else len(update.halves[1])
             yield f"{flat}.alpha", torch.tensor(float(rank))
         return
-    if layout == "comfyui" and not _one_dora(weight, group):
-        yield from _rows_of_dora(group, dtype, outcome)
-        return
+    name = f"lora_unet_{weight.replace('.', '_')}" if kohya else f"diffusion_model.{weight}"
     update = fused(weight, group)
     if isinstance(update, Kronecker):
         yield from _lokr(name, update, dtype, weight, outcome)
@@ -139,12 +121,31 @@ def _bfl(
     if kohya:
         yield f"{name}.alpha", torch.tensor(float(update.rank))
     if update.magnitude is not None:
-        yield f"{name}.dora_scale", _column(update.magnitude, weight)
+        yield _magnitude(name, update.magnitude, layout, weight)
 
 
-def _column(magnitude: Tensor, name: str) -> Tensor:
-    """A magnitude as ComfyUI takes it for one of rows: (out, 1), never rounded."""
-    return _rounded(magnitude, _writable(magnitude.dtype), name)[:, None]
+def _by_module(
+    group: Group, layout: str, dtype: torch.dtype | None, outcome: Outcome
+) -> Iterator[Named]:
+    """Under diffusers' names, which ComfyUI takes for those rows of its weight."""
+    for module, update in group.items():
+        name = f"{PREFIX}{module}"
+        if isinstance(update, Kronecker):
+            yield from _lokr(name, update, dtype, module, outcome)
+            continue
+        down, up = _halves(update, dtype, module, outcome)
+        yield f"{name}.lora_A.weight", down
+        yield f"{name}.lora_B.weight", up
+        if update.magnitude is not None:
+            yield _magnitude(name, update.magnitude, layout, module)
+
+
+def _magnitude(name: str, magnitude: Tensor, layout: str, module: str) -> Named:
+    """Never rounded; ComfyUI takes (rows, 1) for one of rows."""
+    written = _rounded(magnitude, _writable(magnitude.dtype), module)
+    if layout == "diffusers":
+        return f"{name}.lora_magnitude_vector", written
+    return f"{name}.dora_scale", written[:, None]
 
 
 def _one_lokr(weight: str, group: Group) -> bool:
@@ -158,19 +159,6 @@ def _one_dora(weight: str, group: Group) -> bool:
     """Whether a group isn't DoRA, or has magnitudes for all rows of its BFL weight."""
     dora = [isinstance(u, LowRank) and u.magnitude is not None for u in group.values()]
     return not any(dora) or (all(dora) and len(dora) == len(layouts.group_of(weight)))
-
-
-def _rows_of_dora(group: Group, dtype: torch.dtype | None, outcome: Outcome) -> Iterator[Named]:
-    """Under diffusers' names, which ComfyUI takes for those rows of its weight."""
-    for module, update in group.items():
-        if isinstance(update, Kronecker):
-            yield from _lokr(f"{PREFIX}{module}", update, dtype, module, outcome)
-            continue
-        down, up = _halves(update, dtype, module, outcome)
-        yield f"{PREFIX}{module}.lora_A.weight", down
-        yield f"{PREFIX}{module}.lora_B.weight", up
-        if update.magnitude is not None:
-            yield f"{PREFIX}{module}.dora_scale", _column(update.magnitude, module)
 
 
 def fused(weight: str, group: Group) -> Update:

@@ -27,6 +27,9 @@ from train.config.schema import (
 )
 from train.config.watch import PreviewConfig, TrackConfig, ValidationConfig
 
+AdapterDtype = Literal["bf16", "fp16", "fp32"]
+"""That adapter files are written in."""
+
 
 class BaseConfig(Section):
     """The frozen model that the adapter is trained on."""
@@ -182,7 +185,7 @@ class ExportConfig(Section):
     checkpoint: Literal["auto", "best", "last"] = "auto"
     """best: by the loss on held-out pictures. auto: the best where pictures are held out, otherwise
     the last."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    dtype: AdapterDtype = "bf16"
     """Type of the exported weights."""
     weights: Literal["average", "last"] = "average"
     """What the file and the previews hold: the average where train.ema or schedulefree keeps one,

@@ -13,8 +13,9 @@ from data_tools.buckets import Geometry
 from train.assemble import Memory
 from train.config import Config
 from train.errors import ConfigError
-from train.planning import budget, phases
+from train.planning import budget
 from train.planning.footprint import meter_step
+from train.planning.metered import step_of
 
 GB = 1e9
 
@@ -37,7 +38,7 @@ def settle(
     single = shape["num_single_layers"]
     if "auto" not in (memory.gradient_checkpointing, memory.resident_blocks):
         return Memory.of(memory, double=double, single=single), ""
-    step = phases.step_of(config, *largest(examples))
+    step = step_of(config, *largest(examples))
     metered = meter_step(shape, config.lora, step)
     limit = None if sharded else available(config, device)
     allowed = None if limit is None else budget.allowed(limit)

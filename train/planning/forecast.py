@@ -16,7 +16,8 @@ from train.planning import budget, phases
 from train.planning.budget import Decision, Footprint
 from train.planning.facts import Facts
 from train.planning.machine import Gpu
-from train.planning.phases import Case, Meters, Phase, Pictures
+from train.planning.metered import Meters, step_of
+from train.planning.phases import Case, Phase, Pictures
 
 GB = 1e9
 
@@ -64,7 +65,7 @@ def forecast(
     config: Config, facts: Facts, pictures: Pictures, *, room: Room, meters: Meters
 ) -> Forecast:
     """Every phase of a config, and what doesn't fit. Raises ConfigError for bad targets."""
-    step = phases.step_of(config, pictures.target, pictures.references)
+    step = step_of(config, pictures.target, pictures.references)
     metered = meters.step(config.lora, step)
     limit = limit_of(config, room.gpu)
     apart = room.processes > 1

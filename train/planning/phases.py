@@ -1,7 +1,7 @@
 """What each phase of a run takes: GPU memory, RAM, disk, time.
 
-Owns the arithmetic of the phases. What a training step takes is metered by `footprint` and chosen
-by `budget`; what the base is, `facts` says. Each figure is computed from shapes unless a constant
+Owns the arithmetic of the phases. What a training step takes is metered by `metered` and chosen by
+`budget`; what the base is, `facts` says. Each figure is computed from shapes unless a constant
 here says that it is assumed. Bytes and seconds.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from data_tools.buckets import REFERENCE_AREA, Geometry
-from train.config import Config, LoraConfig
+from train.config import Config
 from train.loading.base import DTYPES, MAX_TEXT_TOKENS
-from train.planning import budget, footprint
+from train.planning import budget
 from train.planning.budget import Choice, Decision, Footprint
 from train.planning.facts import Facts
 from train.planning.footprint import Step
 from train.planning.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
-from train.planning.meter import Meter, gpu_kernels
+from train.planning.metered import Meters, step_of
 from train.texts import SCALED
 from train.validation.validate import DRIFT_STEPS
 
@@ -70,52 +70,6 @@ class Phase:
     """Written, and still there after the run."""
     seconds: float | None
     note: str = ""
-
-
-class Meters:
-    """What was metered, by what it depends on: a search asks for the same again and again."""
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-        self._steps: dict[tuple, Footprint] = {}
-        self._forwards: dict[tuple, int] = {}
-        self._vaes: dict[tuple, tuple[int, int, float]] = {}
-
-    def step(self, adapter: LoraConfig, step: Step) -> Footprint:
-        """Of a training step."""
-        name = (adapter, step)
-        if name not in self._steps:
-            self._steps[name] = footprint.meter_step(self._facts.transformer, adapter, step)
-        return self._steps[name]
-
-    def forward(self, adapter: LoraConfig, step: Step) -> int:
-        """Of a pass without gradients, above what is held."""
-        name = (adapter, step)
-        if name not in self._forwards:
-            shape = self._facts.transformer
-            self._forwards[name] = footprint.meter_forward(shape, adapter, step)
-        return self._forwards[name]
-
-    def vae(self, size: Geometry, dtype: torch.dtype, *, decode: bool) -> tuple[int, int, float]:
-        """Weights, bytes above them and operations of encoding or decoding one picture."""
-        name = (size, dtype, decode)
-        if name not in self._vaes:
-            self._vaes[name] = _vae(self._facts, size, dtype=dtype, decode=decode)
-        return self._vaes[name]
-
-
-def step_of(config: Config, target: Geometry, references: tuple[Geometry, ...]) -> Step:
-    """What is metered for a config, its largest example being this one."""
-    return Step(
-        target=target,
-        references=references,
-        batch_size=config.train.batch_size,
-        accumulated=config.train.accumulate > 1,
-        dtype=DTYPES[config.base.dtype],
-        quantize=config.base.quantize,
-        fp8_matmul=config.speed.fp8_matmul,
-        attention="native" if config.speed.attention == "auto" else config.speed.attention,
-    )
 
 
 @dataclass(frozen=True)
@@ -326,29 +280,3 @@ def _rate(gpu: Gpu) -> float:
 
 def _size_of(facts: Facts, part: str) -> int:
     return next((p.size for p in facts.parts if p.name == part), facts.parts[0].size)
-
-
-def _vae(
-    facts: Facts, size: Geometry, *, dtype: torch.dtype, decode: bool
-) -> tuple[int, int, float]:
-    """Weights, bytes above them and operations of encoding or decoding one picture."""
-    from diffusers import AutoencoderKLFlux2
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        vae = AutoencoderKLFlux2(**facts.vae)
-        for parameter in vae.parameters():
-            parameter.data = parameter.data.to(dtype)
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pyright: ignore
-        if decode:
-            channels = vae.config.latent_channels  # pyright: ignore
-            shape = (1, channels, size.height // scale, size.width // scale)
-        else:
-            shape = (1, 3, size.height, size.width)
-        given = torch.empty(shape, dtype=dtype)
-    run: Any = vae.decode if decode else vae.encode
-    with torch.no_grad(), gpu_kernels(), FlopCounterMode(display=False) as flops, Meter() as meter:
-        meter.add([*vae.parameters(), *vae.buffers()])
-        weights = meter.live
-        run(given)
-    return weights, meter.peak - weights, float(flops.get_total_flops())

@@ -36,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train.config import reading
 
     config = reading.load(options.config, options.overrides)
-    from train.planning import facts, forecast, machine, phases
+    from train.planning import facts, forecast, machine
+    from train.planning.metered import Meters
 
     base = facts.of(config.base)
     gpu = machine.CARDS[options.gpu] if options.gpu else machine.at_hand()
     room = _room(config, gpu, elsewhere=options.gpu is not None, processes=options.sharded)
-    meters = phases.Meters(base)
+    meters = Meters(base)
     found = forecast.forecast(config, base, _pictures(config), room=room, meters=meters)
     remedy = None if found.fits else forecast.remedy(found, base, room=room, meters=meters)
     print(text(found, base, room=room, remedy=remedy, path=options.config))

@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from train.adapters import files
+from train.adapters import LAYOUTS, files
 from train.adapters.export_run import CONFIG
-from train.adapters.write import LAYOUTS
 from train.config import Config, reading
 from train.errors import CheckpointError
 from train.loading.base import NAMED_BASES

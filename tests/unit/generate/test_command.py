@@ -10,8 +10,11 @@ import torch
 from tests import runs, tiny
 from tests.interop import common
 from train.adapters import export
+from train.commands import generate as command
+from train.config import BaseConfig
 from train.errors import CheckpointError, ConfigError, DataError
-from train.generate import command
+from train.generate import drawing
+from train.loading import base
 from train.lora import Adapter
 
 SHAPED = {"dev": 6144, "klein-4b": 3072}
@@ -24,8 +27,8 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(command.Base, "load_transformer", fail)
-    monkeypatch.setattr(command.encode_text, "encode_prompts", fail)
+    monkeypatch.setattr(drawing.Base, "load_transformer", fail)
+    monkeypatch.setattr(drawing.encode_text, "encode_prompts", fail)
 
 
 def call(tmp_path: Path, *arguments: str) -> int:
@@ -83,11 +86,11 @@ def test_the_base_is_the_adapters_unless_said(
 ) -> None:
     asked = []
 
-    def note(config: command.BaseConfig) -> None:
+    def note(config: BaseConfig) -> None:
         asked.append(config.model)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(command, "resolve", note)
+    monkeypatch.setattr(base, "resolve", note)
     path = one_linear(tmp_path / "a.safetensors", SHAPED["klein-4b"])
     for more in ([], ["--distilled"], ["--base", "toy"]):
         with pytest.raises(ConfigError, match="enough"):

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests import lanes
-from tests.lanes import DOUBLE, SINGLE, LateLane
+from tests.lanes import BLOCKS, DOUBLE, SINGLE, LateLane
 from train.errors import ConfigError
 from train.memory import recompute, transfer
 
-BLOCKS = DOUBLE + SINGLE
 CPU = torch.device("cpu")
 
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from train.errors import ConfigError
 from train.planning import budget, facts, forecast, phases, plan
 from train.planning.forecast import Forecast, Room
 from train.planning.machine import CARDS
+from train.planning.metered import Meters, step_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -60,7 +59,7 @@ def make(card: int | None, *, ram: int | None = None, disk: int | None = None, *
     config = Config.model_validate(tree)
     base = facts.of(config.base)
     room = Room(CARDS[card] if card else None, ram, disk)
-    meters = phases.Meters(base)
+    meters = Meters(base)
     found = forecast.forecast(config, base, plan._pictures(config), room=room, meters=meters)
     return found, base, room, meters
 
@@ -207,20 +206,6 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert flops.get_total_flops() == pytest.approx(ours, rel=0.05)  # and the adapter, embeddings
 
 
-def test_help_comes_without_torch() -> None:
-    code = (
-        "import sys, scripts.kindling as k\n"
-        "try: k.main(['plan', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('torch' in sys.modules or 'pydantic' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "False"
-    assert "--gpu {12,16,24,32,48,80,141}" in done.stdout
-
-
 def test_cards_of_the_option_are_those_of_the_table() -> None:
     assert tuple(CARDS) == plan.SIZES
     for size, card in CARDS.items():
@@ -239,7 +224,7 @@ def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
     )
     config = Config.model_validate(tree)
     base = facts.of(config.base)
-    whole = phases.Meters(base).step(config.lora, phases.step_of(config, Geometry(1024, 1024), ()))
+    whole = Meters(base).step(config.lora, step_of(config, Geometry(1024, 1024), ()))
     blocks = [block.weights for block in whole.blocks]
     saved = sum(blocks) / 2 - whole.others / 2 - budget.GATHERED * max(blocks)
     assert one["need"]["held"] - two["need"]["held"] == pytest.approx(saved, abs=100)

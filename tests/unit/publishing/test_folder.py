@@ -17,8 +17,9 @@ from tests.unit.publishing import made
 from train.adapters import files
 from train.adapters.files import File
 from train.adapters.intent import PEFT_METADATA
+from train.commands import publish as command
 from train.errors import CheckpointError, ConfigError
-from train.publishing import command, folder, pictures
+from train.publishing import folder, pictures
 
 FILE = "mika.safetensors"
 OWN = ["--title", "Mika", "--author", "Studio Ü", "--description", "Our mascot.", "--tags", "a,b"]

@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.unit.publishing import made
+from train.commands import publish as command
 from train.errors import ConfigError, MachineError
-from train.publishing import command, push
+from train.publishing import push
 
 
 class FakeApi:

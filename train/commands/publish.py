@@ -7,24 +7,24 @@ publish the folder itself. Captions stay private.
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import ConfigError, bullet_list
-from train.publishing import facts, folder, licences, push
-from train.publishing.facts import Wishes
+from train.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Publish from the command line; 0 if nothing forbids the upload, else 1."""
     arguments = _parse(argv)
+    from train.publishing import delivery, facts, folder, push
+
     if arguments.push:
         push.check_name(arguments.push)
+    upload = delivery.Upload(arguments.push, arguments.public, arguments.update, arguments.dry_run)
     source: Path = arguments.run
     if folder.is_published(source):
         _refuse_changes(arguments)
-        return _deliver(source, arguments, missing=[])
-    wishes = Wishes(
+        return 0 if delivery.deliver(source, upload, missing=[]) else 1
+    wishes = facts.Wishes(
         title=arguments.title,
         author=arguments.author,
         description=arguments.description,
@@ -38,56 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         folder.check_target(target, overwrite=arguments.overwrite)
         with tempfile.TemporaryDirectory() as scratch:
             folder.write(publication, Path(scratch), repository=arguments.push)
-            return _deliver(Path(scratch), arguments, missing=missing, shown=target)
+            passed = delivery.deliver(Path(scratch), upload, missing=missing, shown=target)
+        return 0 if passed else 1
     with folder.becoming(target, overwrite=arguments.overwrite) as made:
         folder.write(publication, made, repository=arguments.push)
-    return _deliver(target, arguments, missing=missing)
-
-
-def _deliver(
-    made: Path, arguments: argparse.Namespace, *, missing: Sequence[str], shown: Path | None = None
-) -> int:
-    """Say what is in a folder, and upload it if that is asked for and nothing forbids it."""
-    faults = folder.faults(made)
-    print(_summary(made, shown or made, arguments, missing=missing, faults=faults))
-    if arguments.dry_run or not arguments.push:
-        return 1 if faults else 0
-    if faults:
-        raise ConfigError(bullet_list(f"{made}: isn't uploaded:", faults))
-    folder.name_repository(made, arguments.push)
-    url = push.push(made, arguments.push, private=not arguments.public, update=arguments.update)
-    print(f"uploaded: {url}")
-    return 0
-
-
-def _summary(
-    made: Path,
-    shown: Path,
-    arguments: argparse.Namespace,
-    *,
-    missing: Sequence[str],
-    faults: Sequence[str],
-) -> str:
-    files = folder.listing(made)
-    total = sum(size for _, size in files)
-    lines = [f"folder: {shown}{' (not written: dry run)' if arguments.dry_run else ''}"]
-    lines += [f"  {name:<36} {size / 1e3:>10,.1f} kB" for name, size in files]
-    lines.append(f"  {len(files)} files, {total / 1e6:.1f} MB; sheets beside them stay here")
-    if arguments.push:
-        kind = "public" if arguments.public else "private"
-        if arguments.update:
-            kind = f"{kind} if it is new, else as it is"
-        lines.append(f"repository: {arguments.push} ({kind})")
-    fields = folder.front_matter(made)
-    licence = licences.of_hub(fields.get("license", ""), fields.get("license_name"))
-    lines.append(f"licence: {licence.name if licence else fields.get('license', 'none')}")
-    if licence:
-        lines += [f"  {duty.section}: {duty.en}" for duty in licence.duties]
-    if missing:
-        lines.append(bullet_list("not in it:", missing))
-    if faults:
-        lines.append(bullet_list("forbids the upload:", faults))
-    return "\n".join(lines)
+    return 0 if delivery.deliver(target, upload, missing=missing) else 1
 
 
 def _refuse_changes(arguments: argparse.Namespace) -> None:
