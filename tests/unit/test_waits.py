@@ -54,7 +54,7 @@ def trainer_of(folder: Path, **sections: Any) -> Any:
     run = run.model_copy(
         update={"train": run.train.model_copy(update={"log_every": 2, "ema": 0.9})}
     )
-    transformer = bench_base.build(
+    transformer: Any = bench_base.build(
         case.arguments, folder, device=CPU, dtype=torch.float32, quantize="none", place=on_cpu
     )
     memory = assemble.Memory.of(run.memory, double=2, single=4)
@@ -109,7 +109,7 @@ def test_a_wait_would_be_seen() -> None:
         torch.ones(3).to("meta")
     assert mode.faults
     with AsOnAGpu() as mode:
-        torch.ones(3, device="meta") + torch.ones(())
+        torch.add(torch.ones(3, device="meta"), torch.ones(()))
     assert mode.faults
     with pytest.raises(RuntimeError, match="meta"):
         torch.ones((), device="meta").item()

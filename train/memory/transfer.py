@@ -62,7 +62,7 @@ class CudaLane:
         self._device = device
         self._copies = torch.cuda.Stream(device)
         self._computing: torch.cuda.Stream | None = None
-        self._under_way: dict[torch.cuda.Event, tuple[Tensor, Tensor]] = {}
+        self._under_way: dict[Any, tuple[Tensor, Tensor]] = {}
         end = weakref.finalize(self, _finish, self._copies, self._under_way)
         end.atexit = False  # the process gives back all it has, and CUDA may be gone
 
@@ -70,7 +70,7 @@ class CudaLane:
         self._copies.wait_stream(self._current())
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-        arrived = self._copies.record_event()
+        arrived: Any = self._copies.record_event()
         self._under_way[arrived] = target, source
         return arrived
 

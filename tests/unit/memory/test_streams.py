@@ -43,7 +43,7 @@ class Early(CudaLane):
     """Copies without waiting for what computes."""
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        self._copies.wait_stream = lambda other: None
+        self._copies.wait_stream = lambda stream: None
         return super().copy(target, source)
 
 
