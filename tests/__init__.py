@@ -1,0 +1,3 @@
+"""Kindling's tests."""
+
+import train  # noqa: F401  before bitsandbytes, which it keeps quiet

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     0: [
-        *("train", "data_tools", "scripts", "train.errors"),
+        *("train", "data_tools", "train.errors"),
         *("train.loading", "train.planning", "train.memory", "train.validation"),
         "train.publishing",
         *("train.generate", "train.commands", "train.adapters"),
@@ -120,7 +120,7 @@ LAYERS = {
         "data_tools.inspect.looks",
         *("data_tools.exchange.import_data", "data_tools.exchange.pack", "data_tools.*.command"),
         *("train.publishing.*", "train.commands.*"),
-        *("train.planning.plan", "train.doctor", "train.py", "scripts.*"),
+        *("train.planning.plan", "train.doctor", "train.py", "scripts", "scripts.*"),
     ],
 }
 """Layer -> modules (fnmatch patterns). A module may import from the layers below its own."""

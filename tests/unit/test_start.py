@@ -34,10 +34,9 @@ def test_help_comes_without_pydantic() -> None:
     assert python("-c", code, cwd=ROOT) == "False"
 
 
-BENCHES = ["bench train", "bench start", "bench data"]
-
-
-@pytest.mark.parametrize("command", [*kindling.COMMANDS, *BENCHES])
+@pytest.mark.parametrize(
+    "command", [*kindling.COMMANDS, "bench train", "bench start", "bench data"]
+)
 def test_help_of_a_command_comes_without_torch(command: str) -> None:
     code = (
         "import sys\nfrom scripts import kindling\n"
@@ -48,6 +47,16 @@ def test_help_of_a_command_comes_without_torch(command: str) -> None:
     said = python("-c", code, cwd=ROOT)
     assert said.startswith(f"usage: kindling {command} ")
     assert said.endswith("\nset()")
+
+
+@pytest.mark.parametrize("first", ["train", "data_tools.records", "scripts.toy.vae", "tests.tiny"])
+def test_bitsandbytes_is_quiet_whatever_is_imported_first(first: str) -> None:
+    """It warns as it is imported, on CPUs with AVX512-BF16 only: so its level is looked at."""
+    code = (
+        f"import logging, {first}\n"
+        "print(logging.getLogger('bitsandbytes.backends.cpu.ops').level == logging.ERROR)"
+    )
+    assert python("-c", code, cwd=ROOT) == "True"
 
 
 @pytest.mark.parametrize("is_package", [True, False])
