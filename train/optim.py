@@ -69,9 +69,10 @@ def _construct(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.
             from bitsandbytes import optim as bnb
 
             if optim.name == "lion8bit":
-                return bnb.Lion8bit(groups, **common, betas=optim.betas)
-            kind = bnb.AdamW8bit if optim.name == "adamw8bit" else bnb.PagedAdamW8bit
-            return kind(groups, **adam)
+                return _unwaited(bnb.Lion8bit)(groups, **common, betas=optim.betas)
+            if optim.name == "paged_adamw8bit":
+                return bnb.PagedAdamW8bit(groups, **adam)
+            return _unwaited(bnb.AdamW8bit)(groups, **adam)
         case "adafactor":
             return torch.optim.Adafactor(groups, **common)
         case "muon":  # scaled so that AdamW's rates suit (Liu et al. 2025, Muon is scalable)
@@ -87,6 +88,25 @@ def _construct(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.
             optimizer = AdamWScheduleFree(groups, **adam)
             optimizer.train()
             return optimizer
+
+
+def _unwaited(kind: Any) -> Any:
+    """An optimizer of bitsandbytes that doesn't wait for the GPU after each parameter.
+
+    Its kernels are in the stream of all others, so nothing but pages needs that. dev has 384
+    parameters at rank 16: the GPU would be idle while each of them is started.
+    """
+    from bitsandbytes.optim import optimizer as library
+
+    class Unwaited(kind):
+        def step(self, closure: Any = None) -> Any:
+            before, library.sync_gpu = library.sync_gpu, lambda tensor: None
+            try:
+                return super().step(closure)
+            finally:
+                library.sync_gpu = before
+
+    return Unwaited
 
 
 def rate(optim: OptimConfig, *, step: int, steps: int) -> float:

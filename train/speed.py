@@ -5,6 +5,7 @@ the blocks' forwards are compiled, so hooks on the modules, such as those that s
 outside, and all blocks of a class share their code.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,6 +32,9 @@ GRAPHS = 32
 """Graphs that a block class may have. Measured: the class that comes first, so the double block,
 needs 2 a family of shapes (the first block's input has no gradient) and the single block 1; there
 are 2 families (the first shape, all others), times 2 for batches of one; and 2 for previews."""
+
+FA3 = "flash_attn_interface"
+"""Its module."""
 
 HEAD_WIDTH, SAMPLE_TOKENS = 128, 256
 """Of the tensors that kernels are asked about."""
@@ -102,8 +106,12 @@ def lacking(kernels: str, *, device: torch.device, dtype: torch.dtype) -> str | 
     if kernels == "flash3":
         if capability[0] != HOPPER[0]:
             return "a Hopper GPU (H100, H200)"
-        if importlib.util.find_spec("flash_attn_interface") is None:
+        if importlib.util.find_spec(FA3) is None:
             return "the package flash_attn_3 (flash-attention's hopper folder)"
+        try:
+            importlib.import_module(FA3)
+        except (ImportError, OSError) as error:  # such as built for another torch
+            return f"a flash_attn_3 that works with torch {torch.__version__} ({error})"
         known = torch.nn.attention.list_flash_attention_impls()
         return None if "FA3" in known else "a newer torch, which knows FA3"
     parameters = _sample(device, dtype)

@@ -104,10 +104,11 @@ def test_a_job_without_previews_has_an_empty_phase(tmp_path: Path) -> None:
 
 
 def test_a_job_alone_has_its_own_memory() -> None:
-    held = bytearray(300_000_000)
+    """Its imports are here, too: torch's alone take 0.2 GB, with CUDA 0.5 GB."""
+    held = bytearray(b"1") * 300_000_000
     cost = bench_data.alone(bench_data.bucket, 10, cores=1)
     assert 0 < cost.seconds < 5
-    assert 10_000_000 < cost.peak < len(held)
+    assert 10_000_000 < cost.peak < psutil.Process().memory_info().rss - len(held) // 2
 
 
 def test_the_costs_of_a_job_are_those_of_its_processes_too() -> None:

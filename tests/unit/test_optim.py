@@ -251,6 +251,20 @@ def test_adamw8bit_goes_where_adamw_goes():
     assert (exact.down - coarse.down).abs().mean() < 0.02 * 10 * 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "waits"), [("adamw8bit", 0), ("lion8bit", 0), ("paged_adamw8bit", 3)]
+)
+def test_only_pages_are_waited_for(name, waits, monkeypatch):
+    """bitsandbytes waits after each of two parameters, and for pages once more."""
+    calls = []
+    library = importlib.import_module("bitsandbytes.optim.optimizer")
+    monkeypatch.setattr(library, "sync_gpu", calls.append)
+    ours(name).steps(1)
+    assert len(calls) == waits
+    Model(lambda model: LIBRARIES["adamw8bit"](model.parameters)).steps(1)
+    assert len(calls) == waits + 2, "someone else's optimizer is left as it is"
+
+
 @pytest.mark.gpu
 def test_adamw_is_fused_on_a_gpu():
     weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))

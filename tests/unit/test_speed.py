@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,19 @@ def test_auto_is_a_function_of_the_machine(
     monkeypatch.setattr(speed, "_takes_cudnn_itself", lambda device, dtype: itself)
     device = torch.device("cuda")
     assert speed.choose("auto", device=device, dtype=torch.bfloat16) == chosen
+
+
+def test_fa3_of_another_torch_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It can't be imported then; auto goes on without it."""
+    (tmp_path / f"{speed.FA3}.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    lacks = speed.lacking("flash3", device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert lacks is not None
+    assert lacks.startswith("a flash_attn_3 that works with torch ")
+    assert lacks.endswith(" (undefined symbol: x)")
 
 
 def test_fp32_has_no_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

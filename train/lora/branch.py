@@ -33,7 +33,7 @@ class BranchLinear(Linear):
         rows = x.flatten(0, -2)  # in two dimensions addmm works in place and on no view
         y = self.base_layer(rows)
         for narrow, up in self._branches(rows):
-            y = y.addmm_(narrow, up.to(y.dtype).t())
+            y = _add_product(y, narrow, up.to(y.dtype))
         return y.unflatten(0, x.shape[:-1])
 
     def _branches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,6 +71,43 @@ class BranchLinear(Linear):
         """B with its strength, fp32."""
         up, scale = cast(Tensor, self.lora_B[name].weight), self.scaling[name]
         return up if scale == 1 else up * scale
+
+
+def _add_product(y: Tensor, narrow: Tensor, up: Tensor) -> Tensor:
+    """y + narrow up^T, in place."""
+    if not torch.compiler.is_compiling():
+        return y.addmm_(narrow, up.t())
+    if torch.is_grad_enabled():
+        return _Added.apply(y, narrow, up)
+    add_product(y, narrow, up)
+    return y
+
+
+class _Added(torch.autograd.Function):
+    """The same for the compiler, which would make the sum in memory of its own, as wide as y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, narrow: Tensor, up: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(narrow, up)
+        add_product(y, narrow, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        narrow, up = ctx.saved_tensors
+        return grads[0], grads[0] @ up, grads[0].t() @ narrow
+
+
+@torch.library.custom_op("kindling::add_product", mutates_args=("y",))
+def add_product(y: Tensor, narrow: Tensor, up: Tensor) -> None:
+    """y += narrow up^T, opaque to the compiler."""
+    y.addmm_(narrow, up.t())
+
+
+@add_product.register_fake
+def _(y: Tensor, narrow: Tensor, up: Tensor) -> None:
+    pass
 
 
 def use(model: nn.Module) -> None:

@@ -1,8 +1,11 @@
 """Frozen Linears: their numbers, their gradients, and what moving and training does to them."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
@@ -129,9 +132,11 @@ def test_checkpointing_and_compiling_change_no_bit(kind, fp8_matmul):
         assert all(map(torch.equal, product(other, x, grad), wanted))  # pyright: ignore
 
 
-def test_a_compiled_layer_takes_an_input_without_gradient(kind):
+@pytest.mark.parametrize("fp8_matmul", [False, True])
+def test_a_compiled_layer_takes_an_input_without_gradient(kind, fp8_matmul):
     """As the first block's is: dynamo then traces the function in another way."""
     layer, (x, _) = FrozenLinear.like(linear(), kind), batch()
+    layer.fp8_matmul = fp8_matmul and kind == "fp8"
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x.detach()), layer(x.detach()))
 
@@ -162,12 +167,59 @@ def test_fp8_products_are_the_emulated_ones():
     q = layer.weight.view(frozen.FP8).double()
     rows, scale = frozen.quantize_rows(x.flatten(0, 1))
     wanted_y = rows.double() @ q.T * scale.double() * layer.get_parameter("scale").double()
-    rows, scale = frozen.quantize_rows(grad.flatten(0, 1) * layer.get_parameter("scale"))
+    rows, scale = frozen.quantize_rows(grad.flatten(0, 1), layer.get_parameter("scale"))
     wanted_x = rows.double() @ q * scale.double()
     layer.fp8_matmul = True
     y, grad_x = product(layer, x, grad)
     assert distance(y.flatten(0, 1), wanted_y) < 1e-6
     assert distance(grad_x.flatten(0, 1), wanted_x) < 1e-6
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_fp8_products_ask_for_what_a_gpu_takes(monkeypatch, back, turned):
+    """The rules of torch 2.11's CUDA code for scales of rows; what it then computes, on a CPU."""
+
+    def scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert (a.dtype, b.dtype, out_dtype) == (frozen.FP8, frozen.FP8, torch.bfloat16)
+        assert not use_fast_accum
+        assert a.stride() == (a.shape[1], 1)
+        assert b.stride() == (1, b.shape[0])
+        assert not any(size % 16 for size in b.shape)
+        assert (scale_a.shape, scale_b.shape) == ((len(a), 1), (1, b.shape[1]))
+        assert scale_a.is_contiguous()
+        assert scale_b.t().is_contiguous()
+        assert {scale_a.dtype, scale_b.dtype} == {torch.float32}
+        return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    layer, parts = FrozenLinear.like(linear(), "fp8"), batch()
+    x = parts[1 if back else 0].flatten(0, 1)
+    rows, row_scale = frozen.quantize_rows(x)
+    rows = rows.t().contiguous().t() if turned else rows
+    state = layer.get_parameter("weight"), torch.rand(256 if back else 96)
+    wanted = frozen.scaled_matmul(rows, row_scale, *state, torch.float32, back)
+    on_gpu = partial(frozen.multiply_on_gpu, rows, row_scale, *state)
+    assert distance(on_gpu(torch.bfloat16, back), wanted) < 4e-3
+    assert on_gpu(torch.float32, back).dtype == torch.float32
+
+
+def test_rows_are_quantised_over_one_copy_of_them():
+    """A GPU would hold each further one, 1 GB on dev, beside all that a step keeps."""
+    copies = set()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if made.dtype == torch.float32 and made.numel() == x.numel():
+                copies.add(made.untyped_storage()._cdata)
+                kept.append(made)
+            return made
+
+    kept, x = [], torch.randn(64, 32).bfloat16()
+    with Copies():
+        frozen.quantize_rows(x, torch.ones(32))
+    assert len(copies) == 1
 
 
 def test_rows_of_zeros_stay_zeros():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
@@ -254,3 +255,17 @@ def test_pissa_with_dropout_is_pefts() -> None:
         found.append([y, *torch.autograd.grad(y.square().mean(), weights)])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_a_compiled_sum_needs_no_memory_of_its_own(kind: str | None) -> None:
+    """torch's addmm would write y + narrow up^T beside y: 0.5 GB at dev's widest Linear."""
+    torch.compiler.reset()
+    record = AotEagerAndRecordGraphs()
+    adapted, x = layer(kind=kind), torch.randn(TOKENS, NARROW, requires_grad=True)
+    torch.compile(adapted, fullgraph=True, backend=record)(x)
+    (graph,) = record.fw_graphs
+    called = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.addmm.default not in [node.target for node in called]
+    added = [n for n in called if torch.ops.kindling.add_product.default in (n.target, *n.args)]
+    assert len(added) == 1
