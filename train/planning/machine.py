@@ -82,8 +82,11 @@ def at_hand() -> Gpu | None:
 
 
 def _timed_products(device: torch.device, *, side: int = 4096, seconds: float = 0.5) -> float:
-    """Operations a second of bf16 products of two square matrices."""
-    left, right = (torch.ones(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """Operations a second of bf16 products of two square matrices, of random numbers.
+
+    Equal ones would flatter: a chip that switches fewer bits keeps a higher clock.
+    """
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         torch.mm(left, right)
     _wait(device)
