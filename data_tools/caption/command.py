@@ -37,7 +37,7 @@ def _run(options: Options) -> int:
         add_unlisted=options.add_unlisted,
         needs_references=options.purpose == "edit",
     )
-    _check_files(options, todo)
+    _check_files(options)
     if options.write == "sidecars":
         clashes = files.shared_sidecars(todo.drafts)
         clashes = {
@@ -91,7 +91,7 @@ def _caption(options: Options, todo: Todo) -> Outcome:
         kept.close()
 
 
-def _check_files(options: Options, todo: Todo) -> None:
+def _check_files(options: Options) -> None:
     """Stop before any work that couldn't be written. Raises ConfigError."""
     own = options.images / folder.METADATA
     if options.write == "sidecars" and own.exists():
