@@ -22,15 +22,7 @@ EXAMPLES = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Caption a folder of pictures; exit status 0 if all have a caption, 2 if some could not."""
-    try:
-        options = arguments.parse(argv)
-        return _run(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _run(options: Options) -> int:
+    options = arguments.parse(argv)
     todo = survey(
         options.images,
         replace=options.replace,
@@ -162,7 +154,3 @@ def _summary(options: Options, outcome: Outcome) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
