@@ -17,7 +17,6 @@ def board(
     columns: Sequence[str],
     labels: Sequence[str],
     title: str,
-    footer: str = "",
 ) -> Image.Image:
     """One row of pictures for each label (its prompt), one picture for each column."""
     heading, body = ImageFont.load_default(22), ImageFont.load_default(15)
@@ -26,11 +25,11 @@ def board(
     height = max(cell.height for row in cells for cell in row)
     width = max(
         len(columns) * (CELL + GAP) - GAP,
-        round(max(body.getlength(text) for text in (*labels, footer))),
+        round(max(map(body.getlength, labels))),
         round(heading.getlength(title)),
     )
     size = (width + 2 * MARGIN, top + len(rows) * (height + label_height + GAP) + MARGIN)
-    sheet = Image.new("RGB", (size[0], size[1] + (26 if footer else 0)), PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, INK, heading)
     for x, column in enumerate(columns):
@@ -40,8 +39,6 @@ def board(
         for x, cell in enumerate(row):
             sheet.paste(cell, (MARGIN + x * (CELL + GAP), at))
         pen.text((MARGIN, at + height + 4), label, INK, body)
-    if footer:
-        pen.text((MARGIN, size[1] - 10), footer, INK, body)
     return sheet
 
 

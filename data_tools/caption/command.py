@@ -22,22 +22,14 @@ EXAMPLES = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Caption a folder of pictures; exit status 0 if all have a caption, 2 if some could not."""
-    try:
-        options = arguments.parse(argv)
-        return _run(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _run(options: Options) -> int:
+    options = arguments.parse(argv)
     todo = survey(
         options.images,
         replace=options.replace,
         add_unlisted=options.add_unlisted,
         needs_references=options.purpose == "edit",
     )
-    _check_files(options, todo)
+    _check_files(options)
     if options.write == "sidecars":
         clashes = files.shared_sidecars(todo.drafts)
         clashes = {
@@ -91,7 +83,7 @@ def _caption(options: Options, todo: Todo) -> Outcome:
         kept.close()
 
 
-def _check_files(options: Options, todo: Todo) -> None:
+def _check_files(options: Options) -> None:
     """Stop before any work that couldn't be written. Raises ConfigError."""
     own = options.images / folder.METADATA
     if options.write == "sidecars" and own.exists():
@@ -162,7 +154,3 @@ def _summary(options: Options, outcome: Outcome) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from data_tools.curate.selection import Picture
 from data_tools.drafts import Draft
 from data_tools.exchange import samples
 from data_tools.pictures import PictureError
-from train.errors import DataError, UserError, bullet_list
+from train.errors import DataError, bullet_list
 
 MANIFEST = "manifest.json"
 TRAIN, VALIDATION = "train", "validation"
@@ -74,16 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="say what would be done, measures too"
     )
     options = parser.parse_args(argv)
-    try:
-        recipe = recipes.load(options.recipe)
-        if options.dry_run:
-            found = samples.of_folder(Path(recipe.source).expanduser())
-            print(text(plan(recipe, found), measured=True))
-            return 0
-        version, made = run(recipe, link=options.link)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    recipe = recipes.load(options.recipe)
+    if options.dry_run:
+        found = samples.of_folder(Path(recipe.source).expanduser())
+        print(text(plan(recipe, found), measured=True))
+        return 0
+    version, made = run(recipe, link=options.link)
     if made:
         print(text(made))
     print(f"{version}" + ("" if made else ": is this recipe on these pictures already"))
@@ -324,7 +319,3 @@ def _verify(version: Path) -> None:
     if changed:
         title = f"{version}: changed since it was made; remove it to have it made again:"
         raise DataError(bullet_list(title, changed))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

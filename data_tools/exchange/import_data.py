@@ -4,7 +4,6 @@ Owns the command. Pictures keep their bytes and, where they have one, their name
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,26 +14,22 @@ from data_tools.captions import TextError
 from data_tools.exchange import containers, samples, tars
 from data_tools.exchange.containers import Columns
 from data_tools.exchange.samples import Sample
-from train.errors import DataError, UserError, bullet_list
+from train.errors import DataError, bullet_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make a folder of pictures with a metadata.jsonl out of a data set. Stopped and started again,
     it goes on where it was; the folder is there only once it is whole. Nothing is overwritten."""
     options = _parser().parse_args(argv)
-    try:
-        columns = Columns(options.image, options.text, tuple(options.references))
-        count, notes = run(
-            options.source,
-            options.output,
-            split=options.split,
-            subset=options.subset,
-            columns=columns,
-            skip_bad=options.skip_bad,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    columns = Columns(options.image, options.text, tuple(options.references))
+    count, notes = run(
+        options.source,
+        options.output,
+        split=options.split,
+        subset=options.subset,
+        columns=columns,
+        skip_bad=options.skip_bad,
+    )
     print(f"{options.output}: {count} pictures; now set data.path to it")
     for note in notes:
         print(f"  {note}")
@@ -150,7 +145,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out what can't be imported")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

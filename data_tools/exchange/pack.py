@@ -5,12 +5,11 @@ trigger's rules.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.exchange import containers, samples, tars
-from train.errors import DataError, UserError
+from train.errors import DataError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,11 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pictures and a metadata.jsonl",
     )
     options = parser.parse_args(argv)
-    try:
-        count = run(options.images, options.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    count = run(options.images, options.output)
     print(f"{options.output}: {count} pictures")
     return 0
 
@@ -63,7 +58,3 @@ def _folder(root: Path, output: Path, found: list[samples.Draft]) -> int:
         return writer.finish()
     finally:
         writer.close()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

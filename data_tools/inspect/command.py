@@ -62,12 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Report on a folder of pictures, or on all data sets of a config, each with files of its own
     (x.html, x-2.html, ...); exit status 0 if training could start with them, 2 if not."""
     options = _parser().parse_args(argv)
-    try:
-        sets = _settings(options)
-        _check_outputs(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    sets = _settings(options)
+    _check_outputs(options)
     outputs = Outputs(options.html, options.json)
     homes = [outputs.numbered(number).html for number in range(1, len(sets) + 1)]
     links = [(each.data.path, home.name) for each, home in zip(sets, homes, strict=True) if home]
@@ -320,7 +316,3 @@ def _settings(options: argparse.Namespace) -> list[Settings]:
         raise ConfigError("\n".join(lines.values())) from None
     schedule = Schedule(batch_size, accumulate, steps)
     return [Settings(each, schedule, base) for each in data]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -97,7 +97,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, train_run: TrainRun, cras
 
 
 @pytest.mark.parametrize("quantize", ["none", "fp8"])
-def test_a_run_on_a_single_file(quantize, train_run: TrainRun, dev_folder, tmp_path, capsys):
+def test_a_run_on_a_single_file(quantize, train_run: TrainRun, tmp_path):
     """The file's weights are those that are trained on, exported for, and compared on."""
     file = tmp_path / "base.safetensors"
     weights = bfl.tensors(tiny.transformer(guidance=True, seed=3))
@@ -144,7 +144,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun, dev_folder: Path):
+def test_the_file_holds_what_the_settings_say(name, train_run: TrainRun):
     """Its updates are the average's, the last weights' or the sum of PiSSA's two branches."""
     folder = train_run(f"export {name}", **EXPORTS[name])
     saved = checkpoint.load(runs.last_checkpoint(folder))

@@ -218,7 +218,7 @@ def test_lokr_over_q_k_and_v_stays_one(to: str, dev: Any, base: str, tmp_path: P
     assert outcome.error < 1e-6
 
 
-def test_lokr_that_divides_at_q_k_and_v_splits_and_fuses(dev: Any, tmp_path: Path) -> None:
+def test_lokr_that_divides_at_q_k_and_v_splits_and_fuses(tmp_path: Path) -> None:
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     state = {f"{name}.lokr_w1": torch.randn(3, 4), f"{name}.lokr_w2": torch.randn(32, 8)}
     path = common.save(state, tmp_path / "a.safetensors")
@@ -273,7 +273,7 @@ def test_outside_the_blocks(module: str, to: str, dev: Any, base: str, tmp_path:
         assert "gives another update" in report["diffusers"]["reasons"][0]
 
 
-def test_the_first_rows_of_linear1_alone(dev: Any, tmp_path: Path) -> None:
+def test_the_first_rows_of_linear1_alone(tmp_path: Path) -> None:
     """linear1_qkv is a name that ComfyUI knows: q, k and v of a single block."""
     name = "diffusion_model.single_blocks.1.linear1_qkv"
     up, down = torch.randn(96, 2), torch.randn(2, 32)

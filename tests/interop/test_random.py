@@ -20,11 +20,6 @@ from train.lora import Adapter
 from .test_layouts import as_meant, in_comfyui, in_diffusers
 
 SEEDS = range(24)
-ANY_TARGETS = (
-    *("peft, folded", "peft, alpha only", "peft, rsLoRA", "peft, with", "transformer.", "bare"),
-    *("lora", "lycoris", "base_model.model. before diffusers", "diffusion_model."),
-)
-"""Beginnings of layouts whose builders need no whole blocks."""
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}

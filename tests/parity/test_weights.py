@@ -45,7 +45,9 @@ def test_defaults_are_diffusers():
 def test_bfl_names_are_those_of_diffusers_converter(guidance):
     """The converter, written by others, turns our BFL file back into the very same weights."""
     model = tiny.transformer(guidance=guidance)
-    converted = convert_flux2_transformer_checkpoint_to_diffusers(bfl.tensors(model))
+    stored = bfl.tensors(model)
+    assert {weight.shape for key, weight in stored.items() if ".qkv." in key} == {(96, 32)}
+    converted = convert_flux2_transformer_checkpoint_to_diffusers(stored)
     assert converted.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
         assert torch.equal(converted[name], weight), name

@@ -114,7 +114,7 @@ def test_a_broken_memo_is_no_memo(tmp_path):
     assert FileDigests(tmp_path / "digests.json").file(file) == hashlib.sha256(b"x").hexdigest()
 
 
-def test_in_a_hub_cache_the_blobs_name_is_its_digest(tmp_path, monkeypatch):
+def test_in_a_hub_cache_the_blobs_name_is_its_digest(tmp_path):
     """A 60 GB model isn't read for it; small blobs are named by git, which is no sha256."""
     large, small = tmp_path / "blobs" / ("a" * 64), tmp_path / "blobs" / ("b" * 40)
     large.parent.mkdir()

@@ -89,7 +89,7 @@ def test_twins_of_trained_pictures_are_found():
     assert holdout.twins(looks[:3], own=3) == []
 
 
-def test_looks_are_those_of_examine_and_made_once(tmp_path, monkeypatch):
+def test_looks_are_those_of_examine_and_made_once(tmp_path):
     path = runs.draw_picture(tmp_path / "a.png", size=(300, 200))
     memo = tmp_path / "cache" / "looks.txt"
     first = Looks(memo).of([("aa", path)], progress=False)["aa"]

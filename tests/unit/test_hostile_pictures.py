@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from data_tools import pictures
-from data_tools.inspect import command as inspect
 from data_tools.pictures import PictureError
+from scripts import kindling
 from tests.unit import hostile
 from tests.unit.folders import names, pair, survey, table
 
@@ -174,7 +174,7 @@ def expect(root: Path, faults: dict[str, Reason], capsys: pytest.CaptureFixture[
         else:
             assert reason.fullmatch(fault.reason), fault.reason
     assert "good.png" in names(found)
-    assert inspect.main([str(root), "--resolution", "64"]) == (2 if faults else 0)
+    assert kindling.main(["inspect", str(root), "--resolution", "64"]) == (2 if faults else 0)
     out = capsys.readouterr().out
     for fault in found.faults:
         assert f"  {fault.path}: {fault.reason}\n" in out

@@ -23,7 +23,6 @@ BEST_RULE = (
     "the first checkpoint, or a later one whose held-out loss is lower than the best's so far by "
     "more than one standard error of the difference"
 )
-LAST_RULE = "the last"
 ALARM_RULE = (
     "in two checks in a row the held-out loss is higher than at its lowest, picture by picture, "
     "beyond chance (t-test, 5 %), while the training loss has fallen since"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import records
-from data_tools.caption import command as caption
+from scripts import kindling
 from tests.unit.caption.fake_server import CaptionServer, Reply, Request, completion
 from train.config import DataConfig
 
@@ -26,7 +26,7 @@ def run(target: CaptionServer, root: Path, *more: str) -> int:
     spec = f"http:{target.url}"
     fixed = ["--for", "character", "--trigger", "zibby", "--concurrency", "1", "--retries", "1"]
     given = [] if "--for" in more else fixed
-    return caption.main([str(root), "--captioner", spec, *given, *more])
+    return kindling.main(["caption", str(root), "--captioner", spec, *given, *more])
 
 
 def command(target: CaptionServer, root: Path, *more: str) -> list[str]:

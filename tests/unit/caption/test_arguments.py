@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.caption import command as caption
+from scripts import kindling
 from tests.unit.caption.shades import snapshot
 
 
@@ -39,7 +39,7 @@ def test_wrong_options(
     root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     before = snapshot(root)
-    assert caption.main([str(root), *arguments]) == 2
+    assert kindling.main(["caption", str(root), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert snapshot(root) == before
     assert not list(root.glob(".*"))

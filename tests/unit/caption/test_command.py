@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.caption import command as caption
 from data_tools.caption.captioners import models
+from scripts import kindling
 from tests import tiny_vision
 from tests.runs import ROOT
 from tests.unit.caption.fake_server import Reply, Request, serve
@@ -106,7 +106,7 @@ def test_a_local_model(
     monkeypatch.setattr(models, opener, scripted)
     spec = ["base", "--base", folder] if kind == "base" else [f"hf:{folder}"]
     argv = [str(root), "--captioner", *spec, "--for", "style", "--dtype", "fp32"]
-    assert caption.main([*argv, "--batch-size", "4"]) == 0
+    assert kindling.main(["caption", *argv, "--batch-size", "4"]) == 0
     assert trained(root)["5.png"] == "a fox, shade 5"
 
 
@@ -115,13 +115,15 @@ def test_a_local_model(
 
 def test_sidecars_beside_a_metadata_file(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "metadata.jsonl").write_text('{"file_name": "1.png"}\n')
-    assert caption.main([str(root), "--captioner", "filename", "--write", "sidecars"]) == 2
+    assert (
+        kindling.main(["caption", str(root), "--captioner", "filename", "--write", "sidecars"]) == 2
+    )
     assert "with it .txt files are not read" in capsys.readouterr().err
 
 
 def test_a_broken_metadata_file_is_not_rewritten(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "metadata.jsonl").write_text('{"file_name": "1.png"}\n{"file_na\n')
-    assert caption.main([str(root), "--captioner", "filename"]) == 2
+    assert kindling.main(["caption", str(root), "--captioner", "filename"]) == 2
     assert "metadata.jsonl:2: broken JSON" in capsys.readouterr().err
 
 
@@ -129,13 +131,13 @@ def test_nothing_to_do(root: Path, capsys: pytest.CaptureFixture) -> None:
     for number in range(6):
         (root / f"{number}.txt").write_text("mine")
     before = snapshot(root)
-    assert caption.main([str(root), "--captioner", "base", "--for", "style"]) == 0
+    assert kindling.main(["caption", str(root), "--captioner", "base", "--for", "style"]) == 0
     assert "nothing to do; --replace would caption them anew" in capsys.readouterr().out
     assert snapshot(root) == before
 
 
 def test_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert caption.main([str(tmp_path), "--captioner", "filename"]) == 2
+    assert kindling.main(["caption", str(tmp_path), "--captioner", "filename"]) == 2
     assert "no pictures" in capsys.readouterr().err
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools.caption import command as caption
 from data_tools.caption.captioners.filename import words
+from scripts import kindling
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_filename(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("red_fox-1", "IMG_2", "zibby runs"):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
     argv = [str(tmp_path), "--captioner", "filename", "--trigger", "zibby"]
-    assert caption.main([*argv, "--write", "sidecars"]) == 2
+    assert kindling.main(["caption", *argv, "--write", "sidecars"]) == 2
     found = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
     assert found == {"red_fox-1": "zibby, red fox\n", "zibby runs": "zibby runs\n"}
     output = capsys.readouterr().out

@@ -10,6 +10,7 @@ from PIL import Image
 from data_tools import sources
 from data_tools.curate import command as curate
 from data_tools.curate import recipe
+from scripts import kindling
 from tests.unit.curate.studio import entries, files, made, rows, rules, scene, studio
 from train.errors import DataError
 
@@ -191,18 +192,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     studio(tmp_path / "in")
     path = tmp_path / "recipe.yaml"
     path.write_text(f"source: {tmp_path}/in\noutput: {tmp_path}/out\nexclude: {{match: [zz*]}}\n")
-    assert curate.main([str(path), "--dry-run"]) == 0
+    assert kindling.main(["curate", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "exclude.match: 'zz*' matches no picture" in said
     assert "Sharpness, from the lowest" in said
     assert not (tmp_path / "out").exists()
-    assert curate.main([str(path)]) == 0
+    assert kindling.main(["curate", str(path)]) == 0
     [version] = (tmp_path / "out").iterdir()
     assert capsys.readouterr().out.splitlines()[-1] == str(version)
-    assert curate.main([str(path)]) == 0
+    assert kindling.main(["curate", str(path)]) == 0
     assert capsys.readouterr().out == f"{version}: is this recipe on these pictures already\n"
     path.write_text("source: nowhere\noutput: x\n")
-    assert curate.main([str(path)]) == 2
+    assert kindling.main(["curate", str(path)]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
     again = recipe.load(version / "recipe.yaml")
     assert curate.run(again) == (version, None)

@@ -4,23 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.exchange import import_data, pack
+from scripts import kindling
 from tests.unit import hostile
 from tests.unit.exchange.data_sets import fails, rich
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = rich(tmp_path / "in")
-    assert pack.main([str(root), str(tmp_path / "x.tar")]) == 0
-    assert import_data.main([str(tmp_path / "x.tar"), str(tmp_path / "out")]) == 0
+    assert kindling.main(["pack", str(root), str(tmp_path / "x.tar")]) == 0
+    assert kindling.main(["import", str(tmp_path / "x.tar"), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"{tmp_path}/x.tar: 3 pictures",
         f"{tmp_path}/out: 3 pictures; now set data.path to it",
     ]
-    assert import_data.main([str(tmp_path / "x.tar"), str(tmp_path / "out")]) == 2
-    assert pack.main([str(root), str(tmp_path / "x.zip")]) == 2
-    assert pack.main([str(tmp_path / "x.tar"), str(tmp_path / "y")]) == 2
+    assert kindling.main(["import", str(tmp_path / "x.tar"), str(tmp_path / "out")]) == 2
+    assert kindling.main(["pack", str(root), str(tmp_path / "x.zip")]) == 2
+    assert kindling.main(["pack", str(tmp_path / "x.tar"), str(tmp_path / "y")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "nothing is overwritten" in lines[0]
     assert "name a .parquet, a .tar or a new folder" in lines[1]

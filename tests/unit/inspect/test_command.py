@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import pictures
-from data_tools.inspect import command as inspect
+from scripts import kindling
 from tests.unit import hostile
 
 GOOD = """\
@@ -43,14 +43,14 @@ Ready for training.
 def test_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "x.md").write_text("x")
     argv = [str(root), "--resolution", "64", "--batch-size", "2", "--trigger", "ohwx"]
-    assert inspect.main(argv) == 0
+    assert kindling.main(["inspect", *argv]) == 0
     assert capsys.readouterr().out == GOOD.format(root=root)
 
 
 def test_faults_end_with_status_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "a.png").write_bytes(b"")
     (root / "d.txt").unlink()
-    assert inspect.main([str(root), "--resolution", "64"]) == 2
+    assert kindling.main(["inspect", str(root), "--resolution", "64"]) == 2
     out = capsys.readouterr().out
     assert out.startswith(f"{root}: 3 usable pictures\n")
     assert "Captions: 2, 1 missing\n" in out
@@ -65,9 +65,11 @@ def test_faults_end_with_status_2(root: Path, capsys: pytest.CaptureFixture[str]
 def test_small_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile.picture(tmp_path / "a.png", width=100, height=100)
     (tmp_path / "a.txt").write_text("x")
-    assert inspect.main([str(tmp_path), "--resolution", "256"]) == 0
+    assert kindling.main(["inspect", str(tmp_path), "--resolution", "256"]) == 0
     assert "  too small for the full size: a.png\n" in capsys.readouterr().out
-    assert inspect.main([str(tmp_path), "--resolution", "128", "--max-upscale", "2"]) == 0
+    assert (
+        kindling.main(["inspect", str(tmp_path), "--resolution", "128", "--max-upscale", "2"]) == 0
+    )
     assert "  enlarged: a.png\n" in capsys.readouterr().out
 
 
@@ -79,11 +81,11 @@ def test_settings_of_a_config(
         f"name: x\ndata:\n  path: {root}\n  resolution: 64\n  trigger: nothing\n"
         "train:\n  steps: 10\n  batch_size: 3\n"
     )
-    assert inspect.main(["--config", str(config)]) == 2
+    assert kindling.main(["inspect", "--config", str(config)]) == 2
     out = capsys.readouterr().out
     assert "Buckets at resolution 64, batch size 3\n" in out
     assert "0 of 4 have the trigger 'nothing'; not: a.png, b.png, c.png, d.png\n" in out
-    assert inspect.main(["--config", str(config), "--trigger", "ohwx"]) == 0
+    assert kindling.main(["inspect", "--config", str(config), "--trigger", "ohwx"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_settings_of_a_config(
 def test_bad_arguments(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspect.main([arg.format(here=tmp_path) for arg in argv]) == 2
+    assert kindling.main(["inspect", *(arg.format(here=tmp_path) for arg in argv)]) == 2
     assert capsys.readouterr().err == message.format(here=tmp_path)
 
 
@@ -117,7 +119,7 @@ def test_nothing_that_matters_is_overwritten(
     option: str, file: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (root / "a.png").read_bytes()
-    assert inspect.main([str(root), option, str(root / file)]) == 2
+    assert kindling.main(["inspect", str(root), option, str(root / file)]) == 2
     assert capsys.readouterr().err == message.format(here=root) + "\n"
     assert (root / "a.png").read_bytes() == before
 
@@ -133,7 +135,7 @@ def test_each_file_is_read_and_decoded_once(
         pictures, "_decode", lambda path, image: (decodes.append(path), decode(path, image))[1]
     )
     page = tmp_path / "x.html"
-    assert inspect.main([str(root), "--resolution", "64", "--html", str(page)]) == 0
+    assert kindling.main(["inspect", str(root), "--resolution", "64", "--html", str(page)]) == 0
     assert reads == Counter({"a.png": 1, "b.png": 1, "c.png": 1, "d.png": 1})
     assert len(decodes) == 4
 

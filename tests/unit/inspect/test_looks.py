@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from data_tools import examine, pictures, workers
-from data_tools.inspect import command as inspect
 from data_tools.inspect import looks
 from data_tools.pictures import PictureError, Probe
+from scripts import kindling
 
 
 def test_processes_and_threads_report_the_same(
@@ -26,7 +26,7 @@ def test_processes_and_threads_report_the_same(
         monkeypatch.setattr(looks, "PROCESSES_FROM", least)
         at = [tmp_path / f"{least}.json", tmp_path / f"{least}.html"]
         argv = [str(root), "--resolution", "64", "--json", str(at[0]), "--html", str(at[1])]
-        assert inspect.main(argv) == 2
+        assert kindling.main(["inspect", *argv]) == 2
         page = at[1].read_text(encoding="utf-8")
         outputs.append((at[0].read_text(encoding="utf-8"), page.count("data:image/jpeg")))
     assert begun == [1]

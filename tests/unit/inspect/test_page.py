@@ -61,7 +61,7 @@ addEventListener("load", async () => {
 
 
 @pytest.fixture
-def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def page(tmp_path: Path) -> Path:
     """A page of four pictures: two alike, one very wide, one whose caption attacks."""
     root = tmp_path / "data"
     pair(root, "a.png", "a field by the river")

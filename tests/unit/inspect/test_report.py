@@ -3,15 +3,13 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from data_tools.inspect import command as inspect
 from data_tools.inspect.command import Settings
 from tests.unit import hostile
 from tests.unit.inspect.reading import report_of
 
 
-def test_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     assert inspect.main([str(root), "--resolution", "64", "--json", str(file)]) == 0
     facts = json.loads(file.read_text(encoding="utf-8"))
@@ -30,7 +28,7 @@ def test_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert facts["records"][3]["caption"] == "小火 ohwx"
 
 
-def test_an_epoch_is_what_training_takes(root: Path, tmp_path: Path) -> None:
+def test_an_epoch_is_what_training_takes(root: Path) -> None:
     """The table's batches against the order that the trainer draws, references included."""
     lines = [
         {"file_name": "a.png", "text": "a"},

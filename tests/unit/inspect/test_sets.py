@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.inspect import command as inspect
+from scripts import kindling
 from tests.unit import hostile
 from tests.unit.folders import table
 
@@ -60,7 +60,7 @@ def test_every_set_of_a_config_is_reported(
 ) -> None:
     page = tmp_path / "x.html"
     argv = ["--config", str(config), "--html", str(page), "--json", str(tmp_path / "x.json")]
-    assert inspect.main(argv) == 0
+    assert kindling.main(["inspect", *argv]) == 0
     heads = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith(("Data", "/"))
     ]
@@ -102,7 +102,9 @@ def test_one_bad_set_is_told_and_the_others_go_on(
 ) -> None:
     (tmp_path / "plain").rename(tmp_path / "elsewhere")
     Image.new("L", (80, 80)).save(tmp_path / "masked" / "b.mask.png")
-    assert inspect.main(["--config", str(config), "--html", str(tmp_path / "x.html")]) == 2
+    assert (
+        kindling.main(["inspect", "--config", str(config), "--html", str(tmp_path / "x.html")]) == 2
+    )
     out, err = capsys.readouterr()
     assert err.startswith(f"{tmp_path}/plain: no such folder")
     black = "b.png: a mask that is black all over: nothing of the picture would be learnt"

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.unit.inspect.reading import report_of
 
 
-def test_tokens_are_counted_by_the_base_or_not_at_all(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_are_counted_by_the_base_or_not_at_all(root: Path, tmp_path: Path) -> None:
     config = tmp_path / "x.yaml"
 
     def facts(model: str) -> dict:

@@ -1,24 +1,10 @@
-"""Names and shapes of a transformer's weights, beside diffusers' own model and converter."""
+"""Names and shapes of a transformer's weights; tests/parity/test_weights.py has the converter."""
 
-import inspect
-
-import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 
-from tests import bfl, tiny
 from train.loading import names
 from train.loading.shapes import SHAPES
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_are_those_of_the_released_models(name):
-    config = SHAPES[name].config()
-    with torch.device("meta"):
-        weights = Flux2Transformer2DModel(**config).state_dict()
-    wanted = {key: tuple(weight.shape) for key, weight in weights.items()}
-    assert names.shapes(names.DEFAULTS | config) == wanted
 
 
 def test_shapes_follow_every_setting():
@@ -39,23 +25,6 @@ def test_shapes_follow_every_setting():
     with torch.device("meta"):
         weights = Flux2Transformer2DModel(**config, axes_dims_rope=(6,) * 4).state_dict()  # pyright: ignore[reportArgumentType]
     assert names.shapes(config) == {key: tuple(weight.shape) for key, weight in weights.items()}
-
-
-def test_defaults_are_diffusers_own():
-    signature = inspect.signature(Flux2Transformer2DModel.__init__).parameters
-    assert {name: signature[name].default for name in names.DEFAULTS} == names.DEFAULTS
-
-
-@pytest.mark.parametrize("guidance", [True, False])
-def test_diffusers_converter_leads_from_bfls_names_to_ours(guidance):
-    """Cut qkv, head norms, modulation, the output's swapped halves: all weights, to the bit."""
-    model = tiny.transformer(guidance=guidance)
-    stored = bfl.tensors(model)
-    assert {weight.shape for key, weight in stored.items() if ".qkv." in key} == {(96, 32)}
-    found = convert_flux2_transformer_checkpoint_to_diffusers(dict(stored))
-    wanted = model.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_every_row_of_a_bfl_file_is_one_weights():
