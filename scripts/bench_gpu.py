@@ -218,11 +218,12 @@ def run(row: Row, report: dict[str, Any], *, log: Any, left: float) -> dict[str,
         path = Path(folder) / "row.json"
         status, output = measure(row, path, log=log, seconds=min(row.seconds, left))
         found["took"] = time.monotonic() - began
-        if status == 0:
+        if path.exists():  # written whole and last; how the process ended is another matter
             whole = json.loads(path.read_text(encoding="utf-8"))
             for key in ("date", "machine", "versions"):
                 report.setdefault(key, whole[key])
-            return {**found, "result": whole["results"][0]}
+            ended = {} if status == 0 else {"ended": status}
+            return {**found, **ended, "result": whole["results"][0]}
     if isinstance(status, str) and left < row.seconds:  # not its fault: it keeps its place
         return {**found, "left_out": f"{status}, when the time was over"}
     return {**found, "failed": status, "end": output[-5:]}

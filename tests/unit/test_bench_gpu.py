@@ -154,6 +154,21 @@ def test_who_was_cut_off_by_the_end_keeps_its_place(
     assert given == [90, 40]
 
 
+def test_what_a_row_wrote_counts_however_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that hold much take seconds to end, and some crash at it."""
+
+    def measure(row: Row, path: Path, **_: Any) -> tuple[str, list[str]]:
+        path.write_text(json.dumps(REPORT))
+        return "stopped after 90 s", []
+
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    with (tmp_path / "log").open("w") as log:
+        found = bench_gpu.run(Row("dev", "", 90), {}, log=log, left=91)
+    assert (found["result"], found["ended"]) == (RESULT, "stopped after 90 s")
+
+
 def test_the_gpus_tests_come_after_the_aims(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
