@@ -28,8 +28,9 @@ REPORT, LOG = "bench-gpu.json", "bench-gpu.log"
 TESTS = tuple(
     f"tests/unit/{name}.py"
     for name in (
-        *("memory/test_transfer", "memory/test_offload", "test_waits", "lora/test_branch"),
-        *("test_speed", "loading/test_frozen", "test_optim", "planning/test_footprint"),
+        *("memory/test_transfer", "memory/test_offload", "memory/test_recompute", "test_waits"),
+        *("lora/test_branch", "test_speed", "loading/test_frozen", "test_optim"),
+        "planning/test_footprint",
     )
 )
 """Those marked gpu: they prove streams, kernels and a step without waiting, where numbers can't."""
