@@ -163,14 +163,12 @@ def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bo
     gradients = adapter
     held = placed.device + adapter + round(footprint.parameters * STATE[optim.name])
     held += (gradients if footprint.accumulated else 0) + (adapter if ema else 0)
-    level, peak, where, ram = held, held, "weights", placed.host
+    level, peak, where = held, held, "weights"
     for name, passage in _timeline(footprint, choice):
         if level + passage.peak > peak:
             peak, where = level + passage.peak, name
         level += passage.change
-    if choice.offload:
-        ram += starts(footprint, choice)
-    return Need(peak, where, held, ram, gradients)
+    return Need(peak, where, held, placed.host + starts(footprint, choice), gradients)
 
 
 def decide(
@@ -245,15 +243,15 @@ def _timeline(footprint: Footprint, choice: Choice) -> Iterator[tuple[str, Pass]
     """The parts of a step, in order."""
     yield "the batch", footprint.head
     passes = [(block, number in choice.recomputed) for number, block in enumerate(footprint.blocks)]
-    away = [_start(block) if choice.offload and again else 0 for block, again in passes]
-    spare = 2 * max(away, default=0)  # one on its way out or in, one in use
+    away = _parked(footprint, choice)
+    moving = max(away, default=0)  # one on its way out, later one in use and one on its way in
     for (block, again), gone in zip(passes, away, strict=True):
         forward = (block.recomputed if again else block.kept)[0]
-        yield f"forward of {block.name}", _moved(forward, change=-gone, spare=spare)
-    yield "the loss", _moved(footprint.turn, change=0, spare=spare)
+        yield f"forward of {block.name}", _moved(forward, change=-gone, spare=moving)
+    yield "the loss", _moved(footprint.turn, change=0, spare=moving)
     for (block, again), back in zip(reversed(passes), reversed(away), strict=True):
         backward = (block.recomputed if again else block.kept)[1]
-        yield f"backward of {block.name}", _moved(backward, change=back, spare=spare)
+        yield f"backward of {block.name}", _moved(backward, change=back, spare=2 * moving)
 
 
 def _moved(passage: Pass, *, change: int, spare: int) -> Pass:
@@ -262,13 +260,20 @@ def _moved(passage: Pass, *, change: int, spare: int) -> Pass:
 
 
 def starts(footprint: Footprint, choice: Choice) -> int:
-    """All that the recomputed blocks start from."""
-    return sum(_start(footprint.blocks[number]) for number in choice.recomputed)
+    """All that waits in RAM for its block to be recomputed."""
+    return sum(_parked(footprint, choice))
 
 
-def _start(block: Block) -> int:
-    """What a recomputed block starts from."""
-    return max(0, block.recomputed[0].change)
+def _parked(footprint: Footprint, choice: Choice) -> list[int]:
+    """By block, what is put away of what it starts from: what the block before it left.
+
+    The first block's start stays, since nothing before it trains; so does the last one's output.
+    """
+    left = [0, *(max(0, block.recomputed[0].change) for block in footprint.blocks[:-1])]
+    return [
+        size if choice.offload and number in choice.recomputed else 0
+        for number, size in enumerate(left)
+    ]
 
 
 def shown(choice: Choice, *, blocks: int) -> str:

@@ -62,10 +62,13 @@ def test_accumulated_gradients_are_there_from_the_start() -> None:
     assert need(Choice(frozenset(), 6, False), accumulated=True).held == HELD + 6 * 4
 
 
-def test_offloaded_starts_go_to_ram_but_for_two() -> None:
+def test_starts_go_to_ram_but_for_two() -> None:
+    """The first block's, which is in the head, and what the last one leaves don't either."""
     found = need(Choice(frozenset(range(6)), 6, True))
-    assert found.ram == 6
-    assert found.gpu == HELD + 2 + 1 + 15 + 2 + 5  # at the first block, five gradients later
+    assert found.ram == 5
+    assert found.gpu == HELD + 2 + 1 + 1 + 15 + 2 + 5  # at the first block, five gradients later
+    assert need(Choice(frozenset({0}), 6, True)).ram == 0
+    assert need(Choice(frozenset({5}), 6, True)).ram == 1
 
 
 @pytest.mark.parametrize(

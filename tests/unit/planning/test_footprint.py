@@ -1,16 +1,20 @@
 """Footprints: a stretched sample against whole models, formats, gradients, forward passes."""
 
 import contextlib
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 
 from data_tools.buckets import Geometry
+from tests.streams import Machine
 from train import lora, objective
 from train.config import LoraConfig, OptimConfig
 from train.errors import ConfigError
 from train.loading import frozen
 from train.memory import recompute
+from train.memory.transfer import CudaLane
 from train.planning import budget, footprint
 from train.planning.budget import Choice
 from train.planning.footprint import Step
@@ -67,6 +71,41 @@ def test_a_stretched_sample_is_the_whole_model(step: Step) -> None:
         need = budget.measure(metered, Choice(frozenset(numbers), 9, False), optim=OPTIM)
         state = round(metered.parameters * budget.STATE["adamw"])
         assert need.gpu - state == pytest.approx(whole(step, numbers), rel=0.01), numbers
+
+
+class OnPaper(CudaLane):
+    """Copies nothing, and holds what it would copy."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        arrived: Any = self._copies.record_event()
+        self._under_way[arrived] = target, source
+        return arrived
+
+
+class OfTheDevice(Meter):
+    """RAM doesn't count."""
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().add(tensor for tensor in tensors if tensor.is_meta)
+
+
+@pytest.mark.parametrize("numbers", [{*range(9)}, {*range(5)}, {0, 3, 8}])
+def test_parking_holds_what_the_plan_says(numbers: set[int]) -> None:
+    """Of the device, with what is on its way: no more, and hardly less."""
+    step, device = Step(Geometry(512, 512), text_tokens=64), torch.device("meta")
+    model = footprint._build(SMALL, ADAPTER, step)
+    with Machine(), gpu_kernels(), OfTheDevice(block=1) as meter:
+        lane = OnPaper(device)
+        recompute.enable(model, numbers, offload_activations=True, device=device, lane=lane)
+        meter.add([*model.train().parameters(), *model.buffers()])
+        batch = footprint._batch(SMALL, step)
+        losses = objective.losses(model, batch, dtype=step.dtype, guidance=1.0)
+        torch.autograd.backward(losses.mean())
+    metered = footprint.meter_step(SMALL, ADAPTER, step)
+    choice = Choice(frozenset(numbers), 9, True)
+    planned = budget.measure(metered, choice, optim=OPTIM).gpu
+    planned -= round(metered.parameters * budget.STATE["adamw"])
+    assert meter.peak <= planned < 1.02 * meter.peak
 
 
 def test_patterns_of_single_blocks_are_metered_whole() -> None:
