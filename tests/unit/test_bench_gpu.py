@@ -160,7 +160,7 @@ def test_what_a_row_wrote_counts_however_it_ended(
     """Processes that hold much take seconds to end, and some crash at it."""
 
     def measure(row: Row, path: Path, **_: Any) -> tuple[str, list[str]]:
-        path.write_text(json.dumps(REPORT))
+        path.write_text(json.dumps(REPORT), encoding="utf-8")
         return "stopped after 90 s", []
 
     monkeypatch.setattr(bench_gpu, "measure", measure)
