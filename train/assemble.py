@@ -1,7 +1,7 @@
 """A loaded base becomes what is trained: adapter, places of the weights, recomputation, kernels.
 
 Owns the order of these, for a run and for the benchmarks alike. What each of them does is its own
-module's. The base comes loaded, and quantised where the config says so.
+module's. The base comes loaded, and quantised and cut into parts where that was asked for.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from train import lora, objective, parallel, randomness, speed
 from train.batch import Batch
 from train.config import Config, MemoryConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, MachineError
 from train.loading import frozen
 from train.loading.transformer import Place
 from train.lora import AnyAdapter, eva
@@ -79,7 +80,6 @@ def assemble(
     memory: Memory,
     device: torch.device,
     dtype: torch.dtype,
-    sharding: Sharding = "none",
     start: AnyAdapter | None = None,
     first: Iterable[Batch] = (),
 ) -> Assembled:
@@ -87,9 +87,8 @@ def assemble(
 
     The order matters: streaming must find the frozen weights under the adapter, recomputation must
     stream again, and what is compiled must be neither's hooks.
-    dtype: what the blocks compute in. sharding: of the base over all processes. start: a resumed
-    run's, see `lora.attach`. first: batches that EVA starts from, the same in all processes; none
-    where the weights come from a checkpoint.
+    dtype: what the blocks compute in. start: a resumed run's, see `lora.attach`. first: batches
+    that EVA starts from, the same in all processes; none where the weights come from a checkpoint.
     Raises UserError where the machine can't do what is asked.
     """
     seed = randomness.derived_seed(config.seed, "lora")
@@ -99,11 +98,7 @@ def assemble(
         parallel.agree(parts, device=device)
     start = lora.read_start(transformer, config.lora)
     undo = ExitStack()
-    if sharding != "none":
-        _check_sharded(sharding, memory, config)
-        trainable = lora.trainable(transformer)
-        parallel.shard(transformer, sharding, trainable=trainable, device=device)
-    elif memory.streamed:
+    if memory.streamed:
         offload.attach(transformer, resident=memory.resident, device=device)
     if memory.recomputed:
         offloads = memory.offload_activations
@@ -119,8 +114,16 @@ def assemble(
     return Assembled(targets, start, undo)
 
 
-def _check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
-    """Raises ConfigError for settings that a sharded base can't have."""
+def check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
+    """Raises ConfigError or MachineError, before anything is loaded, for what a sharded base can't
+    have."""
+    if sharding == "none":
+        return
+    if sharding == "fsdp2" and config.base.quantize != "none" and _is_old_torch():
+        raise MachineError(
+            f"base.quantize: FSDP2 of torch {torch.__version__} can't cut packed weights. Install "
+            "torch 2.12 or newer, or launch with configs/accelerate/deepspeed.yaml."
+        )
     if memory.streamed:
         raise ConfigError(
             "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
@@ -131,16 +134,16 @@ def _check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
             "lora.kind: peft can't load DoRA onto a base in parts on each process, so the run "
             "couldn't prove its file. Use lora, or launch with configs/accelerate/ddp.yaml."
         )
-    if config.lora.kind == "lokr" and sharding == "zero3":
-        raise ConfigError(
-            "lora.kind: of adapters, DeepSpeed would cut lokr's weights, too. Use lora, or launch "
-            "with configs/accelerate/fsdp2.yaml."
-        )
     if config.speed.compile and sharding == "zero3":
         raise ConfigError(
             "speed.compile: DeepSpeed gathers each Linear by itself, inside of what would be "
             "compiled. Write false, or launch with configs/accelerate/fsdp2.yaml."
         )
+
+
+def _is_old_torch() -> bool:
+    """Whether FSDP2 takes each part for trainable at first, which bytes can't be."""
+    return TorchVersion(torch.__version__) < TorchVersion("2.12")
 
 
 def _start_from_batches(

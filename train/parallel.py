@@ -4,12 +4,14 @@ The adapter is small and whole everywhere, so all that processes exchange of it 
 gradients a step; torch's DDP would send the frozen base at its start, too. The base may be sharded
 by torch's FSDP2: each process keeps a part of every block and gathers the rest while the block is
 in use. Frozen weights have no gradients, so that is all FSDP2 does here, for any type of weights.
-DeepSpeed does the same by `zero3`. What is launched where is accelerate's.
+DeepSpeed does the same by `zero3`. The base is cut while it is loaded and the adapter comes onto
+what is cut, so neither engine ever sees that. What is launched where is accelerate's.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -72,30 +74,26 @@ def is_sharded() -> bool:
     return sharding() != "none"
 
 
-def shard(
-    transformer: Any,
-    engine: Sharding,
-    *,
-    trainable: Sequence[nn.Parameter],
-    device: torch.device,
-) -> None:
-    """Keep a part of each frozen weight on each process; `trainable` ones stay whole, on `device`.
+def cutter(engine: Sharding, device: torch.device) -> Callable[[nn.Module], object] | None:
+    """What leaves each process its part of a module's weights, on `device`; None to cut nothing.
 
-    The model may lie in RAM: a block goes to the device by itself before it is cut. Outputs and
-    gradients stay what they were, to the bit. From here on all processes must call the model
-    together, previews included.
+    To be called with each block, in the same order on all processes, and then with the model.
+    Outputs and gradients stay what they were, to the bit. From then on all processes must call the
+    model together, previews included.
     """
+    if engine == "none":
+        return None
     if engine == "zero3":
-        zero3.shard(transformer, device)
-        return
+        return zero3.cut
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = set(trainable)
-    for parameter in trainable:
-        parameter.data = parameter.data.to(device)
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for module in [*blocks, transformer]:
-        own = {parameter for parameter in module.parameters() if parameter in whole}
-        fully_shard(module, mesh=mesh, ignored_params=own)
+    return partial(fully_shard, mesh=mesh)
+
+
+def least(value: int, *, device: torch.device) -> int:
+    """The smallest of all processes' values, so that all decide alike."""
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return int(values.item())
 
 
 def describe(transformer: nn.Module, engine: Sharding) -> str:

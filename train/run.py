@@ -218,19 +218,23 @@ def _build(
     folder = Path(config.output) / config.name
     device, shape = accelerator.device, base.transformer_files().settings
     sharding = parallel.sharding()
-    sharded = sharding != "none"
     memory, said = automatic.settle(
         config,
         shape=shape,
         examples=[example.geometry for example in prepared.examples],
         device=device,
-        sharded=sharded,
+        processes=1 if sharding == "none" else accelerator.num_processes,
     )
     if said:
         accelerator.print(said)
-    with accelerator.main_process_first():  # it makes the quantised copy, the others read that
-        place = memory.place(torch.device("cpu") if sharded else device)
-        transformer = base.load_transformer(device, place=place, cache=prepared.cache.root)
+    assemble.check_sharded(sharding, memory, config)
+    transformer = base.load_transformer(
+        device,
+        place=memory.place(device),
+        cache=prepared.cache.root,
+        cut=parallel.cutter(sharding, device),
+        main=accelerator.is_local_main_process,
+    )
     cache, keys = prepared.cache, prepared.keys
     order = _order(config, prepared)
     loader = Loader(
@@ -246,11 +250,10 @@ def _build(
         memory=memory,
         device=device,
         dtype=base.dtype,
-        sharding=sharding,
         start=saved.start if saved else None,
         first=() if saved else loader.first_batches(order, pictures=eva.PICTURES),
     )
-    if sharded:
+    if sharding != "none":
         accelerator.print(parallel.describe(transformer, sharding))
     settings = config.model_dump(mode="json")
     start = saved.progress.step if saved else 0

@@ -8,13 +8,10 @@ same to the bit whatever shards its base. Each Linear is gathered by itself, the
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from train.errors import ConfigError, MachineError
@@ -54,23 +51,28 @@ def check() -> None:
         raise ConfigError(f"accelerate's DeepSpeed settings: {'; '.join(found)}. Use {FILE}")
 
 
-def shard(transformer: Any, device: torch.device) -> None:
-    """Keep a part of each frozen weight on each process; adapters stay whole, on `device`.
+def cut(module: nn.Module) -> None:
+    """Leave this process its part of a block's weights, or of the model's, whose blocks are cut.
 
-    Weights go to the device one by one. All processes must call the model together from now on.
+    Each weight becomes the first process's on the way, so all processes must come in the same
+    order.
     """
     import deepspeed
+    from diffusers import ModelMixin
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    settings = _settings(max(sum(p.numel() for p in b.parameters()) for b in blocks))
-    with _without_adapters(transformer, device):
-        deepspeed.zero.Init(module=transformer, config_dict_or_path=settings)
+    transformer: Any = module if isinstance(module, ModelMixin) else None
+    blocks = [module]
+    if transformer is not None:
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    settings = _settings(max(sum(map(_whole_count, block.parameters())) for block in blocks))
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+    if transformer is not None:
         engine, *_ = deepspeed.initialize(
             model=transformer, config=settings, dist_init_required=False
         )
-    # It ends ZeRO's hooks when it goes, and as a Module must not become a part of the model.
-    object.__setattr__(transformer, "_zero3", engine)
+        # It ends ZeRO's hooks when it goes, and as a Module must not become a part of the model.
+        object.__setattr__(transformer, "_zero3", engine)
 
 
 def own_part(weight: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,21 @@ def own_part(weight: torch.Tensor) -> torch.Tensor:
 
 def whole_size(weight: torch.Tensor) -> int:
     """Bytes of a weight on all processes together; its own are none between uses."""
-    return vars(weight).get("ds_numel", weight.numel()) * weight.element_size()
+    return _whole_count(weight) * weight.element_size()
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight itself, or a copy put together of the parts on all processes, which must all ask."""
+    if "ds_tensor" not in vars(weight):
+        return weight
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.detach().clone()
+
+
+def _whole_count(weight: torch.Tensor) -> int:
+    return vars(weight).get("ds_numel", weight.numel())
 
 
 def _settings(block: int) -> dict[str, Any]:
@@ -97,19 +113,3 @@ def _settings(block: int) -> dict[str, Any]:
         "steps_per_print": float("inf"),
         "zero_optimization": {"stage": 3, **stage3},
     }
-
-
-@contextmanager
-def _without_adapters(transformer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the low-rank branches are no parts of the model; they are moved to the device."""
-    layers: list[Any] = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
-    whole = [dict(layer._modules) for layer in layers]
-    for layer in layers:
-        for name in ("lora_A", "lora_B"):
-            layer._modules.pop(name).to(device)
-    try:
-        yield
-    finally:
-        for layer, modules in zip(layers, whole, strict=True):
-            layer._modules.clear()
-            layer._modules.update(modules)

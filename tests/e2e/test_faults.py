@@ -65,11 +65,13 @@ def test_a_signal_saves_and_ends_with_its_own_status(number, shared, dev_folder)
 
 
 def test_two_processes_stop_after_the_same_step_and_go_on_to_the_bit(shared, dev_folder):
-    """Told by their launcher; the base in parts, moments in 8 bits, and an average."""
+    """Told by their launcher; the base in parts, moments in 8 bits, an average, and what they
+    agreed on as to memory."""
     sections = {
         "lora": {"rank": 32, "dropout": 0.2},  # tensors of 4096 elements have moments in 8 bits
         "optim": {"name": "adamw8bit"},
         "base": {"quantize": "nf4"},
+        "memory": {"gradient_checkpointing": "auto", "budget_gb": 1},
     }
     train = {**ENDLESS, "ema": 0.9}
     config = write_config(shared, "both", model=dev_folder, train=train, **sections)
@@ -81,6 +83,7 @@ def test_two_processes_stop_after_the_same_step_and_go_on_to_the_bit(shared, dev
     assert process.returncode not in (0, None)
     step = runs.metrics(folder)[-1]["step"]
     assert output.count(f"stopped by SIGTERM after step {step}, which is saved.") == 1
+    assert "memory: 0 of 4 blocks recomputed, all resident (1.0 GB, " in output
     assert runs.last_checkpoint(folder).name == f"step-{step:06d}"
     runs.launch(config, "--resume", f"train.steps={step + 2}", engine="fsdp2")
     whole = {**train, "steps": step + 2}

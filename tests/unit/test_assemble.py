@@ -1,17 +1,19 @@
 """All of a run's settings at once: what is compiled, streamed, recomputed and packed agrees."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 
 from tests import lanes, tiny
 from train import assemble, lora, speed
 from train.config import Config
-from train.errors import ConfigError
+from train.errors import ConfigError, MachineError
 from train.loading.frozen import FrozenLinear
 
 CPU = torch.device("cpu")
@@ -79,8 +81,9 @@ def test_compiled_packed_streamed_and_recomputed_blocks_compute_the_same(
     [
         ("dora", "fsdp2", "can't load DoRA"),
         ("dora", "zero3", "can't load DoRA"),
-        ("lokr", "zero3", "cut lokr's weights"),
         ("lokr", "fsdp2", None),
+        ("lokr", "zero3", None),
+        ("dora", "none", None),
         ("lora", "zero3", None),
     ],
 )
@@ -89,7 +92,29 @@ def test_a_sharded_base_takes_what_can_be_proved(kind: str, sharding: Any, says:
     config = Config.model_validate(tree)
     memory = assemble.Memory.of(config.memory, double=1, single=1)
     if says is None:
-        assemble._check_sharded(sharding, memory, config)
+        assemble.check_sharded(sharding, memory, config)
         return
     with pytest.raises(ConfigError, match=says):
-        assemble._check_sharded(sharding, memory, config)
+        assemble.check_sharded(sharding, memory, config)
+
+
+@pytest.mark.parametrize(
+    ("version", "sharding", "quantize", "refused"),
+    [
+        ("2.11.0+cu130", "fsdp2", "fp8", True),
+        ("2.11.0+cu130", "fsdp2", "none", False),
+        ("2.11.0+cu130", "zero3", "fp8", False),
+        ("2.11.0+cu130", "none", "fp8", False),
+        ("2.12.0", "fsdp2", "nf4", False),
+    ],
+)
+def test_fsdp2_of_torch_2_11_cuts_no_bytes(
+    version: str, sharding: Any, quantize: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {"name": "x", "data": {"path": "x"}, "train": {"steps": 1}}
+    config = Config.model_validate({**tree, "base": {"quantize": quantize}})
+    memory = assemble.Memory.of(config.memory, double=1, single=1)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    says = r"base\.quantize: .* 2\.11\.0.* torch 2\.12 or newer, or launch .*deepspeed\.yaml"
+    with pytest.raises(MachineError, match=says) if refused else nullcontext():
+        assemble.check_sharded(sharding, memory, config)

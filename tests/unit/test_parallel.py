@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from diffusers import Flux2Transformer2DModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -42,16 +43,51 @@ def test_a_part_of_the_adapter_without_a_gradient_is_a_bug_of_ours(alone: None):
         parallel.add_gradients([nn.Parameter(torch.ones(2))])
 
 
+def cut(model: Flux2Transformer2DModel, engine: parallel.Sharding) -> Flux2Transformer2DModel:
+    """In parts, as the loader does it."""
+    cutter = parallel.cutter(engine, torch.device("cpu"))
+    assert cutter is not None
+    model.requires_grad_(False)
+    for module in [*model.transformer_blocks, *model.single_transformer_blocks, model]:
+        cutter(module)
+    return model
+
+
 def test_frozen_weights_are_sharded_and_the_adapter_stays_whole(alone: None):
-    model = tiny.transformer(guidance=True)
+    model = cut(tiny.transformer(guidance=True), "fsdp2")
     lora.attach(model, LoraConfig(rank=2), seed=1)
-    trainable = lora.trainable(model)
-    parallel.shard(model, "fsdp2", trainable=trainable, device=torch.device("cpu"))
     kinds = {p.requires_grad: set() for p in model.parameters()}
     for parameter in model.parameters():
         kinds[parameter.requires_grad].add(isinstance(parameter, DTensor))
     assert kinds == {False: {True}, True: {False}}
-    assert [id(p) for p in lora.trainable(model)] == [id(p) for p in trainable]
+
+
+def test_nothing_is_cut_where_nothing_is_sharded():
+    assert parallel.cutter("none", torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_an_adapter_starts_on_parts_as_on_the_whole(
+    alone: None, engine: parallel.Sharding, init: str, monkeypatch: pytest.MonkeyPatch
+):
+    """PiSSA looks at the weights, which have to be gathered for it."""
+    if engine == "zero3":
+        deepspeed = pytest.importorskip("deepspeed")
+        monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        linear = nn.functional.linear  # it puts its own there
+        monkeypatch.setattr(nn.functional, "linear", linear)
+    config = LoraConfig.model_validate({"rank": 2, "init": init})
+    one, two = (tiny.transformer(guidance=True) for _ in range(2))
+    lora.attach(one, config, seed=1)
+    lora.attach(cut(two, engine), config, seed=1)
+    ours, theirs = (lora.read(model, config).parts for model in (one, two))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_all_decide_by_the_smallest(alone: None):
+    assert parallel.least(23_999_999_999, device=torch.device("cpu")) == 23_999_999_999
 
 
 @pytest.mark.parametrize(
@@ -134,12 +170,3 @@ def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"pip install deepspeed, or .*fsdp2\.yaml"):
         zero3.check()
-
-
-def test_zero3_does_not_see_the_adapter_which_comes_back_in_its_order():
-    model = tiny.transformer(guidance=True)
-    lora.attach(model, LoraConfig(rank=2, init="pissa"), seed=1)
-    before = [(name, id(p)) for name, p in model.named_parameters()]
-    with zero3._without_adapters(model, torch.device("cpu")):
-        assert not [name for name, _ in model.named_parameters() if "lora_" in name]
-    assert [(name, id(p)) for name, p in model.named_parameters()] == before

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from train.loading.transformer import Place
+    from train.loading.transformer import Cut, Place
     from train.loading.weights import Files
 
 TOY_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "toy" / "base"
@@ -152,16 +152,24 @@ class Base:
         return Files(config, None, self.transformer, self.dtype, self.quantize)
 
     def load_transformer(
-        self, device: torch.device, *, place: "Place | None" = None, cache: Path | None = None
+        self,
+        device: torch.device,
+        *,
+        place: "Place | None" = None,
+        cache: Path | None = None,
+        cut: "Cut | None" = None,
+        main: bool = True,
     ) -> "Flux2Transformer2DModel":
         """The transformer, frozen, in the base's type or quantised on the device.
 
         place: says of each parameter where it stays; none means on the device. cache: folder that
-        keeps a quantised copy for the next time. Raises ConfigError for weights that don't fit.
+        keeps a quantised copy for the next time. cut, main: see `transformer.load`.
+        Raises ConfigError for weights that don't fit.
         """
         from train.loading import transformer
 
-        return transformer.load(self.transformer_files(), device, place=place, cache=cache)
+        files = self.transformer_files()
+        return transformer.load(files, device, place=place, cache=cache, cut=cut, main=main)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer with its chat template; for dev without its image processor."""

@@ -75,7 +75,8 @@ def read(folder: Path, device: torch.device) -> Iterator[Named]:
             stored |= read_header(folder / name, where="its header")[0]
         if stored.keys() != sums.keys():
             raise ValueError("its files hold other tensors than its index says")
-        for name, tensor in ahead((n, part.read()) for n, part in stored.items()):
+        # as they were written: inside a file, safetensors has an order of its own
+        for name, tensor in ahead((name, stored[name].read()) for name in sums):
             placed = tensor.to(device)
             if checksum(placed) != sums[name]:
                 raise ValueError(f"{name} doesn't match its checksum")

@@ -150,7 +150,11 @@ def diffusers_places(shape: Shape) -> dict[str, Place]:
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """All weights of diffusers' transformer. config: its config.json, completed by DEFAULTS."""
+    """All weights of diffusers' transformer. config: its config.json, completed by DEFAULTS.
+
+    In the order of reading: small ones first, then matrices block by block, so that a block is
+    whole before the next one begins.
+    """
     head, shape = config["attention_head_dim"], _shape(config)
     width, time = shape.width, config["timestep_guidance_channels"]
     outputs = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
@@ -165,10 +169,10 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
     for name in _embedders(config):
         sizes[f"{name}.linear_1"], sizes[f"{name}.linear_2"] = (width, time), (width, width)
-    for module, place in diffusers_places(shape).items():
-        sizes[module] = (place.stop - place.start, place.columns)
     for module in _norms(shape):
         sizes[module] = (head,)
+    for module, place in diffusers_places(shape).items():
+        sizes[module] = (place.stop - place.start, place.columns)
     return {f"{module}.weight": size for module, size in sizes.items()}
 
 

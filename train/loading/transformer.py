@@ -2,9 +2,12 @@
 
 Owns the order: an empty model on meta, each weight from its file to the device, quantised there
 before the next one comes, then to its place. So the device never holds the model in bf16, nor the
-RAM more than two tensors that aren't part of the result.
+RAM more than two tensors that aren't part of the result. Where several processes have the base in
+parts, a block is cut as soon as it is whole, so none of them ever holds more than one that isn't.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,36 +29,63 @@ if TYPE_CHECKING:
 Place = Callable[[str], torch.device]
 """A parameter's name -> where it stays."""
 
+Cut = Callable[[nn.Module], object]
+"""Leaves this process its part of a module's weights. Given each block once it is whole, in the
+same order on all processes, and the model after them."""
+
+BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+")
+
 
 def load(
-    files: Files, device: torch.device, *, place: Place | None = None, cache: Path | None = None
+    files: Files,
+    device: torch.device,
+    *,
+    place: Place | None = None,
+    cache: Path | None = None,
+    cut: Cut | None = None,
+    main: bool = True,
 ) -> "Flux2Transformer2DModel":
     """The transformer, frozen, in evaluation mode.
 
     device: where weights are quantised. place: where each parameter stays; none means there too.
-    cache: folder to keep a quantised copy in, and to take it from. Raises ConfigError for weights
-    that aren't this transformer's.
+    cache: folder to keep a quantised copy in, and to take it from. cut: none leaves the model
+    whole. main: of the processes that load together, the one that shows progress and writes the
+    copy. They don't wait for each other. Raises ConfigError for weights that aren't this
+    transformer's, and CheckpointError for a damaged copy of which parts may be in use already.
     """
+
+    def assembled(tensors: Iterable[tuple[str, Tensor]]) -> "Flux2Transformer2DModel":
+        return _assemble(files, tensors, place, cut, shows=main)
+
     if cache is None or not _is_work(files):
-        return _assemble(files, _from_source(files, device), place)
+        return assembled(_from_source(files, device))
     folder = kept.place(cache, digest=files.digest(FileDigests(cache / DIGESTS)))
     if folder.is_dir():
         try:
-            return _assemble(files, kept.read(folder, device), place)
+            return assembled(kept.read(folder, device))
         except CheckpointError as error:
-            tqdm.write(f"{folder}: this quantised copy of the base is {error}; it is made anew")
+            fault = f"{folder}: this quantised copy of the base is {error}"
         kept.remove(folder)
-    kept.sweep(cache)
+        if cut is not None:  # other processes may be further, or have found nothing
+            raise CheckpointError(f"{fault}; it is deleted. Start again: it is made anew.")
+        tqdm.write(f"{fault}; it is made anew")
     tensors = _from_source(files, device)
+    return assembled(_written(tensors, files, cache, folder) if main else tensors)
+
+
+def _written(
+    tensors: Iterable[tuple[str, Tensor]], files: Files, cache: Path, folder: Path
+) -> Iterable[tuple[str, Tensor]]:
+    """The same tensors, kept in a copy on their way if there is room for it."""
+    kept.sweep(cache)
     size = sum(p.nbytes for p in empty(files).parameters())
     if kept.has_room(folder, size):
-        tensors = kept.writing(folder, tensors)
-    else:
-        tqdm.write(
-            f"{cache}: no room for a quantised copy of the base ({size / 1e9:.1f} GB); "
-            "each start has to quantise it again"
-        )
-    return _assemble(files, tensors, place)
+        return kept.writing(folder, tensors)
+    tqdm.write(
+        f"{cache}: no room for a quantised copy of the base ({size / 1e9:.1f} GB); "
+        "each start has to quantise it again"
+    )
+    return tensors
 
 
 def empty(files: Files) -> "Flux2Transformer2DModel":
@@ -76,13 +106,19 @@ def empty(files: Files) -> "Flux2Transformer2DModel":
 
 
 def _assemble(
-    files: Files, tensors: Iterable[tuple[str, Tensor]], place: Place | None
+    files: Files,
+    tensors: Iterable[tuple[str, Tensor]],
+    place: Place | None,
+    cut: Cut | None,
+    *,
+    shows: bool,
 ) -> "Flux2Transformer2DModel":
     """Raises CheckpointError if a tensor isn't of this model, or if one is missing."""
     model = empty(files)
     slots = dict(model.named_parameters())
-    bar = tqdm(tensors, desc="load base", unit="tensor", total=len(slots), delay=2)
-    for name, tensor in bar:
+    lacking = Counter(_block_of(name) for name in slots)
+    settings = {"desc": "load base", "unit": "tensor", "total": len(slots), "delay": 2}
+    for name, tensor in tqdm(tensors, disable=not shows, **settings):
         slot = slots.pop(name, None)
         if slot is None or (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):
             raise CheckpointError(f"another model's ({name} doesn't fit)")
@@ -90,9 +126,22 @@ def _assemble(
         placed = tensor if place is None else tensor.to(place(name))
         parameter = nn.Parameter(placed, requires_grad=False)
         setattr(model.get_submodule(module), attribute, parameter)
+        block = _block_of(name)
+        lacking[block] -= 1
+        if cut is not None and block and not lacking[block]:
+            cut(model.get_submodule(block))
     if slots:
         raise CheckpointError(f"another model's (it has no {min(slots)})")
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if cut is not None:
+        cut(model)
+    return model
+
+
+def _block_of(name: str) -> str:
+    """The block that a parameter is in; "" for those outside."""
+    found = BLOCK.match(name)
+    return found[0] if found else ""
 
 
 def _from_source(files: Files, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from train import zero3
+
 
 def weights(transformer: nn.Module, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Of these modules, before an adapter is on them or after it is off again; one at a time.
@@ -14,5 +16,9 @@ def weights(transformer: nn.Module, modules: Iterable[str]) -> Iterator[tuple[st
     """
     state = transformer.state_dict()  # no copy, and what streaming corrects
     for module in modules:
-        weight = state[f"{module}.weight"]
-        yield module, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield module, whole(state[f"{module}.weight"])
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight itself; a sharded one is gathered, so all processes must ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else zero3.whole(weight)

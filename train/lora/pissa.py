@@ -12,6 +12,7 @@ from torch import nn
 from train.config import LoraConfig
 from train.errors import ConfigError
 from train.lora import layers
+from train.lora.base import whole
 
 START_NAME = "start"
 """The frozen adapter."""
@@ -45,7 +46,7 @@ def start_from_base(transformer: Any, targets: list[str], *, scale: float) -> No
     """
     for name in targets:
         module = transformer.get_submodule(name)
-        weight = module.base_layer.weight
+        weight = whole(module.base_layer.weight)
         down, up = module.lora_A, module.lora_B
         rank = down[layers.NAME].out_features
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

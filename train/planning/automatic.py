@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_tools.buckets import Geometry
+from train import parallel
 from train.assemble import Memory
 from train.config import Config
 from train.errors import ConfigError
@@ -26,21 +27,24 @@ def settle(
     shape: Mapping[str, Any],
     examples: Iterable[tuple[tuple[int, int], ...]],
     device: torch.device,
-    sharded: bool,
+    processes: int,
 ) -> tuple[Memory, str]:
     """The settings in numbers, and a line that says so; "" if nothing was auto.
 
     shape: the transformer's config. examples: width and height of each example's pictures.
-    sharded: over several processes, where auto means all blocks resident and recomputed. Metering
-    takes about two seconds. Raises ConfigError if the budget is too small for the settings.
+    processes: those that have the base in parts, which must all ask together; 1 if it is whole.
+    Metering takes about two seconds. Raises ConfigError if the budget is too small for the
+    settings.
     """
-    memory, double = config.memory, shape["num_layers"]
-    single = shape["num_single_layers"]
+    memory, double, single = config.memory, shape["num_layers"], shape["num_single_layers"]
     if "auto" not in (memory.gradient_checkpointing, memory.resident_blocks):
         return Memory.of(memory, double=double, single=single), ""
     step = step_of(config, *largest(examples))
     metered = meter_step(shape, config.lora, step)
-    limit = None if sharded else available(config, device)
+    limit = available(config, device)
+    if processes > 1:
+        metered, memory = budget.sharded(metered, memory, processes=processes)
+        limit = None if limit is None else parallel.least(limit, device=device)
     allowed = None if limit is None else budget.allowed(limit)
     ema = config.train.ema is not None
     decision = budget.decide(metered, memory, optim=config.optim, ema=ema, budget=allowed)

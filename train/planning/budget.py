@@ -143,14 +143,19 @@ def needed(allocated: int | float) -> int:
     return int(allocated * (1 + FRAGMENTATION) + CONTEXT)
 
 
-def sharded(footprint: Footprint, *, processes: int) -> Footprint:
-    """What each of several processes holds that have the base in parts.
+def sharded(
+    footprint: Footprint, memory: MemoryConfig, *, processes: int
+) -> tuple[Footprint, MemoryConfig]:
+    """What each of several processes holds that have the base in parts, and may decide.
 
-    What is outside the blocks is gathered all along, and some blocks are.
+    What is outside the blocks is gathered all along, and some blocks are. Nothing is streamed.
     """
+    if memory.resident_blocks == "auto":
+        memory = memory.model_copy(update={"resident_blocks": "all"})
     blocks = tuple(replace(b, weights=-(-b.weights // processes)) for b in footprint.blocks)
     gathered = footprint.others + GATHERED * max(block.weights for block in footprint.blocks)
-    return replace(footprint, blocks=blocks, others=footprint.others // processes + gathered)
+    part = replace(footprint, blocks=blocks, others=footprint.others // processes + gathered)
+    return part, memory
 
 
 def measure(footprint: Footprint, choice: Choice, *, optim: OptimConfig, ema: bool = False) -> Need:

@@ -68,13 +68,15 @@ def forecast(
     step = step_of(config, pictures.target, pictures.references)
     metered = meters.step(config.lora, step)
     limit = limit_of(config, room.gpu)
-    apart = room.processes > 1
+    apart, held, memory = room.processes > 1, metered, config.memory
+    if apart:
+        held, memory = budget.sharded(metered, memory, processes=room.processes)
     decision = budget.decide(
-        budget.sharded(metered, processes=room.processes) if apart else metered,
-        config.memory,
+        held,
+        memory,
         optim=config.optim,
         ema=config.train.ema is not None,
-        budget=None if limit is None or apart else budget.allowed(limit),  # as a run decides
+        budget=None if limit is None else budget.allowed(limit),
     )
     if apart and decision.choice.resident < len(metered.blocks):
         raise ConfigError(

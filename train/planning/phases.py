@@ -165,11 +165,9 @@ def _text_cache(case: Case) -> int:
 def _load(case: Case) -> Phase:
     quantized, need = case.config.base.quantize != "none", case.decision.need
     copy = case.metered.weights if quantized else 0
-    whole = case.metered.weights if case.processes > 1 else 0  # read into RAM, then cut
     read = _size_of(case.facts, "transformer") / DISK_RATE
     note = "the quantised copy stays on disk" if quantized else ""
-    ram = PROCESS + LOADING + need.ram + whole
-    return Phase("load the transformer", need.held, ram, copy, read, note)
+    return Phase("load the transformer", need.held, PROCESS + LOADING + need.ram, copy, read, note)
 
 
 def _train(case: Case) -> Phase:

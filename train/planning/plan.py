@@ -159,7 +159,7 @@ def _heading(found: "Forecast", facts: "Facts", room: "Room", path: Path) -> str
     if room.processes > 1:
         lines.append(
             f"{room.processes} of them, a part of the base on each: GPU memory is of one, RAM of "
-            f"all {room.processes} processes, which each read the whole base first"
+            f"all {room.processes} processes together"
         )
     if found.config.memory.budget_gb is not None:
         lines.append(f"memory.budget_gb: {found.config.memory.budget_gb:g}")

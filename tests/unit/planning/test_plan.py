@@ -213,7 +213,7 @@ def test_cards_of_the_option_are_those_of_the_table() -> None:
 
 
 def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
-    """Each of two cards holds half of the blocks, and what is gathered; each process reads all."""
+    """Each of two cards holds half of the blocks, and what is gathered; RAM is of two processes."""
     tree = {**CONFIG, "memory": {"gradient_checkpointing": "all"}}
     Path("two.yaml").write_text(json.dumps(tree), encoding="utf-8")
     plan.main(["--config", "two.yaml", "--gpu", "24", "--sharded", "2", "--json", "two.json"])
@@ -229,7 +229,19 @@ def test_a_base_in_parts(capsys: pytest.CaptureFixture) -> None:
     saved = sum(blocks) / 2 - whole.others / 2 - budget.GATHERED * max(blocks)
     assert one["need"]["held"] - two["need"]["held"] == pytest.approx(saved, abs=100)
     load, alone = (plan["phases"][3]["ram"] for plan in (two, one))
-    assert load == 2 * (alone + whole.weights)
+    assert load == 2 * alone
+
+
+def test_parts_leave_room_for_activations(capsys: pytest.CaptureFixture) -> None:
+    """As a run decides it: fewer blocks are recomputed where more cards share the base."""
+    again = []
+    for cards in ("2", "4"):
+        settings = ["memory.gradient_checkpointing=auto", "base.quantize=fp8"]
+        plan.main(["--config", "x.yaml", "--gpu", "24", "--sharded", cards, *settings])
+        found = re.search(r"memory: (\d+) of 56 blocks recomputed", capsys.readouterr().out)
+        assert found is not None
+        again.append(int(found[1]))
+    assert 56 >= again[0] > again[1]
 
 
 @pytest.mark.parametrize("count", ["1", "two"])
