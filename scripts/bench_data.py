@@ -179,9 +179,9 @@ def encode_some(root: Path, count: int) -> float:
     import torch
 
     from data_tools import buckets, records
-    from train import encode
-    from train.cache import Cache, FileDigests
     from train.config import BaseConfig, DataConfig
+    from train.encoding import encode
+    from train.encoding.cache import Cache, FileDigests
     from train.loading import base
 
     data = DataConfig(path=str(root / "0"), resolution=ENCODED_AT, missing_captions="error")

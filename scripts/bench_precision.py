@@ -25,11 +25,11 @@ from train import lora, objective, parallel
 from train.batch import Batch
 from train.config import Config, LoraConfig
 from train.data import Loader
+from train.encoding.prepare import prepare
 from train.loading import frozen
 from train.loading.base import resolve
 from train.loading.frozen import FrozenLinear
 from train.order import Order
-from train.prepare import prepare
 
 CPU = torch.device("cpu")
 PICTURES = bench_report.ROOT / "scripts" / "toy" / "data" / "ordinary"

@@ -18,10 +18,10 @@ from diffusers.training_utils import cast_training_params
 
 from train import flow, latents, lora, optim, randomness
 from train.batch import Batch
-from train.cache import Cache
 from train.checkpoint import Origin
 from train.config import Config
 from train.data import Example, Loader
+from train.encoding.cache import Cache
 from train.loading.base import DTYPES, FAMILIES, Base
 from train.order import Mixture, Order
 from train.track import Tracker

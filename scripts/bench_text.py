@@ -88,7 +88,7 @@ def measure(folder: Path, side: str, dtype: str, quantize: str, captions: int) -
     from diffusers import Flux2Pipeline  # noqa: F401
 
     from train.config import BaseConfig, EncodeConfig
-    from train.encode_text import TextEncoder
+    from train.encoding.encode_text import TextEncoder
     from train.loading.base import Base, resolve
     from train.usage import peak_ram
 

@@ -13,13 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import pictures
-from train import checkpoint, encode_text, sample, texts
+from train import checkpoint, sample
 from train.adapters import export
 from train.adapters.export_run import CONFIG
 from train.board import PAPER, board
-from train.cache import DIGESTS, Cache, FileDigests
 from train.config import Config, reading
-from train.encode import Keys
+from train.encoding import encode_text, texts
+from train.encoding.cache import DIGESTS, Cache, FileDigests
+from train.encoding.encode import Keys
 from train.errors import CheckpointError, ConfigError
 from train.loading.base import resolve
 

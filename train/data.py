@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import torch
 
-from train import flow, randomness, texts
+from train import flow, randomness
 from train.batch import Batch
-from train.cache import Cache
 from train.config import FlowConfig
 from train.config.schema import PIXEL_MULTIPLE
+from train.encoding import texts
+from train.encoding.cache import Cache
 from train.order import Mixture, Showing
 
 A = TypeVar("A")

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train import assemble, encode_text, loop, optim, parallel, resumption, sample, texts
+from train import assemble, loop, optim, parallel, resumption, sample
 from train.adapters import export_run
-from train.cache import DIGESTS, FileDigests, key
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config, reading
 from train.data import Loader
+from train.encoding import encode_text, texts
+from train.encoding.cache import DIGESTS, FileDigests, key
+from train.encoding.prepare import Prepared, PreparedSet, prepare
 from train.errors import MachineError, Stopped, bullet_list
 from train.files import writing
 from train.loading.base import Base, resolve
 from train.lora import eva
 from train.order import Mixture, Order
 from train.planning import automatic
-from train.prepare import Prepared, PreparedSet, prepare
 from train.track import Tracker, spread
 from train.trainer import Previews, Trainer
 from train.validation.validate import Validator

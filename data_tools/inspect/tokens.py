@@ -18,7 +18,7 @@ def count(config: BaseConfig, texts: Iterable[str]) -> Tokens:
 
     Imports torch and transformers, which takes seconds.
     """
-    from train import encode_text
+    from train.encoding import encode_text
     from train.loading import base
 
     source = base.NAMED_BASES.get(config.model, config.model)

@@ -26,8 +26,8 @@ from scripts.toy.draw import caption, sample_scene
 from scripts.toy.measure import BASE, HELD_OUT_SEED, obeys
 from scripts.toy.score import THERE
 from train.config import Config, FlowConfig
+from train.encoding.prepare import prepare
 from train.loading.base import resolve
-from train.prepare import prepare
 from train.validation.validate import Model, Validator
 
 PORTRAITS = 24

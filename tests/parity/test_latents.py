@@ -9,7 +9,8 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from tests import tiny
-from train import encode, latents
+from train import latents
+from train.encoding import encode
 
 ABSENT: Any = None
 

@@ -9,10 +9,11 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 
 from tests import runs, tiny
-from train import encode, encode_text, latents, objective, sample, texts
+from train import latents, objective, sample
 from train.batch import Batch
-from train.cache import Cache, FileDigests
 from train.config import BaseConfig
+from train.encoding import encode, encode_text, texts
+from train.encoding.cache import Cache, FileDigests
 from train.loading import base
 
 

@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from train import encode_text, texts
-from train.cache import Cache, FileDigests
 from train.config import BaseConfig, EncodeConfig
-from train.encode import Keys
+from train.encoding import encode_text, texts
+from train.encoding.cache import Cache, FileDigests
+from train.encoding.encode import Keys
 from train.errors import ConfigError
 from train.loading.base import Base, resolve
 

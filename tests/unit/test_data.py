@@ -10,9 +10,9 @@ import torch
 
 from tests.examples import TALL, mixed, one_set, with_rules
 from train import data
-from train.cache import Cache
 from train.config import FlowConfig
 from train.data import Example, Loader, Rules
+from train.encoding.cache import Cache
 from train.order import Mixture, Showing
 
 

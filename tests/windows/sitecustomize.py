@@ -122,7 +122,7 @@ for name in MODULES:
 without(os, FUNCTIONS)
 without(signal, SIGNALS)
 os.open, os.fsync, os.rename = open_, fsync, rename
-shutil._use_fd_functions = False  # deletes by names, as it does there
+shutil._use_fd_functions = False  # pyright: ignore[reportAttributeAccessIssue]  # deletes by names
 tempfile.TemporaryFile = tempfile.NamedTemporaryFile
 multiprocessing.set_start_method("spawn")
 multiprocessing.get_all_start_methods = lambda: ["spawn"]

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from train import encode_text, sample, texts, usage
+from train import sample, usage
 from train.adapters import files, mount
 from train.assemble import Memory
-from train.cache import DIGESTS, Cache, FileDigests
 from train.config import EncodeConfig, MemoryConfig
-from train.encode import Keys
+from train.encoding import encode_text, texts
+from train.encoding.cache import DIGESTS, Cache, FileDigests
+from train.encoding.encode import Keys
 from train.errors import MachineError
 from train.generate.wishes import Wish
 from train.loading.base import Base

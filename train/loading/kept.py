@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from train.cache import key
+from train.encoding.cache import key
 from train.errors import CheckpointError, ConfigError
 from train.files import flush
 from train.loading.stored import Stored, ahead, read_header

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train import lora
-from train.cache import DIGESTS, FileDigests
+from train.encoding.cache import DIGESTS, FileDigests
 from train.errors import CheckpointError, ConfigError
 from train.loading import frozen, kept
 from train.loading.frozen import FrozenLinear

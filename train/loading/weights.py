@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.cache import FileDigests, key
+from train.encoding.cache import FileDigests, key
 from train.errors import ConfigError, bullet_list
 from train.loading import names
 from train.loading.names import Home

@@ -14,6 +14,7 @@ import torch
 
 from data_tools.buckets import REFERENCE_AREA, Geometry
 from train.config import Config
+from train.encoding.texts import SCALED
 from train.loading.base import DTYPES, MAX_TEXT_TOKENS
 from train.planning import budget
 from train.planning.budget import Choice, Decision, Footprint
@@ -21,7 +22,6 @@ from train.planning.facts import Facts
 from train.planning.footprint import Step
 from train.planning.machine import LINK_SHARE, SHARE, SHARE_MEASURED, Gpu
 from train.planning.metered import Meters, step_of
-from train.texts import SCALED
 from train.validation.validate import DRIFT_STEPS
 
 PROCESS = 4 * 10**9

@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from train import data, flow, lora, objective, randomness, texts
+from train import data, flow, lora, objective, randomness
 from train.batch import Batch
-from train.cache import Cache, key
 from train.config import FlowConfig, ValidationConfig
 from train.data import Example
+from train.encoding import texts
+from train.encoding.cache import Cache, key
 from train.validation.verdict import Check
 
 DRIFT_STEPS = 5

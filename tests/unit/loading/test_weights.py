@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import bfl, damage, tiny
-from train.cache import FileDigests
+from train.encoding.cache import FileDigests
 from train.errors import ConfigError
 from train.loading import names, weights
 from train.loading.weights import Files, Source

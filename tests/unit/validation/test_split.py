@@ -9,11 +9,12 @@ from accelerate import Accelerator
 
 from data_tools.records import read
 from tests import runs
-from train import prepare, run
+from train import run
 from train.config import Config
+from train.encoding import prepare
+from train.encoding.prepare import Prepared
 from train.errors import ConfigError, DataError
 from train.loading.base import resolve
-from train.prepare import Prepared
 from train.validation.split import Split, split
 
 Splitter = Callable[..., Split]

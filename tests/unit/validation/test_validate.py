@@ -13,9 +13,9 @@ from diffusers import Flux2Pipeline
 
 from tests import tiny
 from train import lora, randomness
-from train.cache import Cache
 from train.config import FlowConfig, LoraConfig
 from train.data import Example, Rules
+from train.encoding.cache import Cache
 from train.flow import quantile_sigmas, token_shift
 from train.validation.validate import DRIFT_STEPS, Model, Trial, Validator
 from train.validation.verdict import History

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train import texts, usage
-from train.cache import Cache
+from train import usage
 from train.config import EncodeConfig
-from train.encode import Keys, free, mine
+from train.encoding import texts
+from train.encoding.cache import Cache
+from train.encoding.encode import Keys, free, mine
 from train.errors import MachineError
 from train.loading.base import Base, max_text_tokens
 

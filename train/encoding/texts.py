@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from train.cache import REMEDY, Cache, key
+from train.encoding.cache import REMEDY, Cache, key
 from train.errors import CheckpointError
 
 SCALED = 128

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import damage
-from train import cache
-from train.cache import Cache, FileDigests
+from train.encoding import cache
+from train.encoding.cache import Cache, FileDigests
 from train.errors import CheckpointError
 
 FACTS = {"kind": "picture", "vae": "v", "width": 64, "layers": (1, 2), "flip": False}

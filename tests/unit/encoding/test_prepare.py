@@ -13,15 +13,16 @@ from PIL import Image
 from data_tools import buckets, pictures
 from data_tools.buckets import Geometry
 from tests import runs
-from train import encode, encode_text, prepare, run
-from train.cache import Cache, FileDigests
+from train import run
 from train.config import BaseConfig
 from train.data import Loader, Rules
-from train.encode import Picture
+from train.encoding import encode, encode_text, prepare
+from train.encoding.cache import Cache, FileDigests
+from train.encoding.encode import Picture
+from train.encoding.prepare import Prepared
 from train.errors import DataError
 from train.loading.base import Base, resolve
 from train.order import Showing
-from train.prepare import Prepared
 
 SMALL = Geometry(32, 32)
 Preparing = Callable[..., Prepared]

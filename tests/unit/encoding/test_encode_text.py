@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from tests import damage, runs
-from train import encode_text, objective, texts
+from train import objective
 from train.batch import Batch
-from train.cache import Cache, FileDigests
 from train.config import BaseConfig, EncodeConfig, FlowConfig
 from train.data import Example, Loader, Showing
-from train.encode import Keys
-from train.encode_text import TextEncoder
+from train.encoding import encode_text, texts
+from train.encoding.cache import Cache, FileDigests
+from train.encoding.encode import Keys
+from train.encoding.encode_text import TextEncoder
 from train.errors import MachineError
 from train.loading.base import Base, resolve
 
@@ -286,11 +287,11 @@ import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from train import encode_text
+from train.encoding import encode_text
 from train.loading.base import resolve
-from train.cache import Cache, FileDigests
+from train.encoding.cache import Cache, FileDigests
 from train.config import BaseConfig
-from train.encode import Keys
+from train.encoding.encode import Keys
 
 model, root, prompts = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 base = resolve(BaseConfig(model=model, dtype="fp32"))

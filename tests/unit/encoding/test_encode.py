@@ -10,7 +10,7 @@ import torch
 
 from data_tools.buckets import Geometry
 from train.config import EncodeConfig
-from train.encode import Keys, Mask, Picture, encode_pixels
+from train.encoding.encode import Keys, Mask, Picture, encode_pixels
 
 KEYS = Keys(vae="a vae", text="words", settings=EncodeConfig())
 PICTURE = Picture(Path("a.png"), "0123", Geometry(64, 96))

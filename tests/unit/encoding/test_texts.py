@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests import damage
-from train import cache as caches
-from train import texts
-from train.cache import Cache
+from train.encoding import cache as caches
+from train.encoding import texts
+from train.encoding.cache import Cache
 from train.errors import CheckpointError
 
 LENGTH, WIDTH = 12, 256

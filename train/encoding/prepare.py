@@ -14,11 +14,12 @@ from accelerate.utils import gather_object
 from data_tools import buckets, captions, records
 from data_tools.buckets import Geometry, reference_geometry
 from data_tools.records import Collection, Record
-from train import encode, encode_text, sample
-from train.cache import DIGESTS, Cache, FileDigests, key
+from train import sample
 from train.config import Config, DataConfig
 from train.data import Example, Rules
-from train.encode import Keys, Mask, Picture
+from train.encoding import encode, encode_text
+from train.encoding.cache import DIGESTS, Cache, FileDigests, key
+from train.encoding.encode import Keys, Mask, Picture
 from train.loading.base import Base
 from train.validation import split
 from train.validation.split import Split

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data_tools import masks, pictures
 from data_tools.buckets import Geometry
 from train import latents, usage
-from train.cache import Cache, FileDigests, key
 from train.config import EncodeConfig
+from train.encoding.cache import Cache, FileDigests, key
 from train.errors import DataError
 from train.loading.base import MAX_TEXT_TOKENS, Base
 

@@ -1,0 +1,1 @@
+"""Pictures and captions to latents and embeddings, before training, in a cache on disk."""
