@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
-from scripts import bench_base, bench_clock, bench_report
+from scripts import bench_base, bench_report
 from scripts.bench_sides import new_trainer, stored_data, trained
 from train import assemble, parallel
 from train.assemble import Memory
@@ -29,6 +29,7 @@ from train.config import Config
 from train.loading import frozen, transformer, weights
 from train.loading.shapes import Shape
 from train.loading.weights import Files
+from train.usage import peak_ram
 
 SHAPE = Shape(double=4, single=9, heads=5, text_width=640, guidance=True)
 STEPS = 2
@@ -105,7 +106,7 @@ def _measured(
     )
     memory = Memory.of(config.memory, double=SHAPE.double, single=SHAPE.single)
     made = assemble.assemble(model, config, memory=memory, device=device, dtype=torch.float32)
-    loading = bench_clock.peak_memory()
+    loading = peak_ram()
     held = _forget_peak()
     part = sum(parallel.own_part(p).nbytes for p in model.parameters() if not p.requires_grad)
     trainer = new_trainer(
@@ -113,7 +114,7 @@ def _measured(
     )
     for _ in trained(trainer, config):
         pass
-    training = bench_clock.peak_memory()
+    training = peak_ram()
     made.undo.close()
     above = {"loading": loading, "held": held, "training": training}
     found = {"part": part, **{key: size - before for key, size in above.items()}}
@@ -124,7 +125,7 @@ def _forget_peak() -> int:
     """Let this process's peak start from what it holds, in bytes."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return bench_clock.peak_memory()
+    return peak_ram()
 
 
 if __name__ == "__main__":
