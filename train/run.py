@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train import assemble, loop, optim, parallel, resumption, sample
+from train import assemble, loop, optim, parallel, resumption, sample, speed
 from train.adapters import export_run
 from train.checkpoint import Checkpoint, Origin
 from train.config import Config, reading
@@ -56,6 +56,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
         folder, config, resume=resume, accept=accept, world=accelerator.num_processes
     )
     base = resolve(config.base)
+    speed.require(config.speed, device=accelerator.device, dtype=base.dtype)
     say = accelerator.print
     for line in said:
         say(line)

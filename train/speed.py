@@ -42,6 +42,16 @@ HEAD_WIDTH, SAMPLE_TOKENS = 128, 256
 HOPPER, AMPERE = (9, 0), (8, 0)
 
 
+def require(speed: SpeedConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises MachineError for what `apply` couldn't do here, before hours went elsewhere."""
+    choose(speed.attention, device=device, dtype=dtype)
+    if speed.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise MachineError(
+            "speed.compile: torch compiles for GPUs with Triton, which isn't installed. Install "
+            "triton (on Windows triton-windows), or set speed.compile: false."
+        )
+
+
 def apply(
     transformer: nn.Module, speed: SpeedConfig, *, device: torch.device, dtype: torch.dtype
 ) -> ExitStack:

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from tests import tiny
 from train import assemble, lora, objective, speed
 from train.batch import Batch
-from train.config import Config, LoraConfig
+from train.config import Config, LoraConfig, SpeedConfig
 from train.errors import ConfigError, MachineError
 from train.memory import recompute
 
@@ -194,6 +194,20 @@ def test_undone_nothing_is_left(undo: ExitStack) -> None:
     assert not any("lora" in name or "base_layer" in name for name in transformer.state_dict())
     assert not any("forward" in vars(block) for block in speed.blocks(transformer))
     assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_no_triton_is_said_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "choose", lambda *_, **__: "native")
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    wished = SpeedConfig(compile=True)
+    speed.require(wished, device=CPU, dtype=torch.bfloat16)
+    with pytest.raises(MachineError, match="Triton, which isn't installed"):
+        speed.require(wished, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def test_kernels_of_another_machine_are_said_before_anything_is_done() -> None:
+    with pytest.raises(MachineError, match="flash3 needs an NVIDIA GPU"):
+        speed.require(SpeedConfig(attention="flash3"), device=CPU, dtype=torch.bfloat16)
 
 
 # ---- attention
