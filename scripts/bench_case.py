@@ -21,6 +21,7 @@ from train.errors import ConfigError, bullet_list
 from train.loading.shapes import SHAPES, Shape
 from train.planning import budget, footprint, machine, phases
 from train.planning.budget import Decision
+from train.planning.metered import step_of
 
 GB = 1e9
 
@@ -65,7 +66,7 @@ class Case:
 
     def step(self, config: Config) -> footprint.Step:
         """What memory and time depend on."""
-        step = phases.step_of(config, Geometry(self.size, self.size), ())
+        step = step_of(config, Geometry(self.size, self.size), ())
         return replace(step, text_tokens=self.text_tokens)
 
 

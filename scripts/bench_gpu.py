@@ -156,6 +156,7 @@ def smoke(rows: Sequence[Row]) -> Iterator[Row]:
     seen = set()
     for row in rows:
         words = iter(row.arguments.replace("--compile", "").split())
+        # of what is replaced, the value goes as well: `next` takes it
         keep = [word for word in words if word not in REPLACED or not next(words)]
         if "--resident" in keep:
             keep[keep.index("--resident") + 1] = "3"

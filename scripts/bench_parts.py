@@ -13,6 +13,7 @@ use. On CPUs the parts, and what is gathered of the others', are in RAM.
 import argparse
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def main() -> None:
             )
         if options.json:
             report = bench_report.new_report("parts", []) | {"command": _command(options)}
+            report |= {"threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_")}
             report |= {"engine": parallel.sharding(), "processes": rows}
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            bench_report.write(report, options.json)
     accelerator.end_training()
 
 

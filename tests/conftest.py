@@ -1,6 +1,8 @@
 """Shared fixtures. Nothing here or in any test may reach a hub."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +34,14 @@ def dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random base of klein's classes."""
     return tiny.make_klein(tmp_path_factory.mktemp("base") / "klein")
+
+
+@pytest.fixture
+def undo() -> Iterator[ExitStack]:
+    """For what is compiled: nothing of it is there before, nor after."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    with ExitStack() as stack:
+        yield stack

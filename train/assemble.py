@@ -114,8 +114,8 @@ def assemble(
     return Assembled(targets, start, undo)
 
 
-def check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
-    """Raises ConfigError or MachineError, before anything is loaded, for what a sharded base can't
+def check_sharded(sharding: Sharding, config: Config) -> None:
+    """Raises ConfigError or MachineError, before anything is encoded, for what a sharded base can't
     have."""
     if sharding == "none":
         return
@@ -124,7 +124,7 @@ def check_sharded(sharding: Sharding, memory: Memory, config: Config) -> None:
             f"base.quantize: FSDP2 of torch {torch.__version__} can't cut packed weights. Install "
             "torch 2.12 or newer, or launch with configs/accelerate/deepspeed.yaml."
         )
-    if memory.streamed:
+    if config.memory.resident_blocks not in ("all", "auto"):
         raise ConfigError(
             "memory.resident_blocks: a base in parts on each process can't be streamed, too. Write "
             "all, or launch without FSDP or DeepSpeed."

@@ -57,6 +57,7 @@ def run(config: Config, *, resume: bool, accept: bool = False) -> None:
     )
     base = resolve(config.base)
     speed.require(config.speed, device=accelerator.device, dtype=base.dtype)
+    assemble.check_sharded(parallel.sharding(), config)
     say = accelerator.print
     for line in said:
         say(line)
@@ -229,7 +230,6 @@ def _build(
     )
     if said:
         accelerator.print(said)
-    assemble.check_sharded(sharding, memory, config)
     transformer = base.load_transformer(
         device,
         place=memory.place(device),

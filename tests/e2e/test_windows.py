@@ -59,6 +59,8 @@ def test_every_command_does_its_work_there(tmp_path: Path, dev_folder: Path):
     output = run(*train, "--resume", "--accept-changes", "train.steps=5", folder=tmp_path)
     assert "certificate: loads in diffusers and in ComfyUI" in output
 
+    rules = {"source": "图片", "output": "curated"}
+    runs.write_config(tmp_path / "rules.yaml", rules)
     folder, adapter = "runs/tiny", "runs/tiny/tiny.safetensors"
     commands = (
         ("inspect", "图片", "--html", "page.html", "--json", "facts.json"),
@@ -73,10 +75,15 @@ def test_every_command_does_its_work_there(tmp_path: Path, dev_folder: Path):
         ("certify", adapter, "--base", base),
         ("convert", adapter, "kohya.safetensors", "--to", "kohya"),
         ("resize", adapter, "small.safetensors", "--rank", "2"),
+        ("merge", adapter, "kohya.safetensors", "--output", "both.safetensors"),
+        ("curate", "rules.yaml"),
         ("compare", folder, "--checkpoints"),
         ("generate", "--base", base, "--lora", adapter, "--prompt", "小狗"),
         ("doctor",),
     )
-    output = run("-c", EACH, json.dumps(commands), folder=tmp_path)
+    forbidden = ("publish", folder, "--author", "作者")  # as it ends where a base has no licence
+    output = run("-c", EACH, json.dumps([*commands, forbidden]), folder=tmp_path)
     failed = [line for line in output.splitlines() if re.search("-> [1-9]", line)]
     assert output.count("-> 0\n") == len(commands), "\n".join([*failed, output])
+    assert [line.split()[0] for line in failed] == ["publish"]
+    assert "doesn't say the licence" in output

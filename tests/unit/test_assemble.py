@@ -90,12 +90,20 @@ def test_compiled_packed_streamed_and_recomputed_blocks_compute_the_same(
 def test_a_sharded_base_takes_what_can_be_proved(kind: str, sharding: Any, says: str) -> None:
     tree = {"name": "x", "data": {"path": "x"}, "train": {"steps": 1}, "lora": {"kind": kind}}
     config = Config.model_validate(tree)
-    memory = assemble.Memory.of(config.memory, double=1, single=1)
     if says is None:
-        assemble.check_sharded(sharding, memory, config)
+        assemble.check_sharded(sharding, config)
         return
     with pytest.raises(ConfigError, match=says):
-        assemble.check_sharded(sharding, memory, config)
+        assemble.check_sharded(sharding, config)
+
+
+@pytest.mark.parametrize(("resident", "refused"), [("all", False), ("auto", False), (3, True)])
+def test_parts_are_not_streamed(resident: Any, refused: bool) -> None:
+    tree = {"name": "x", "data": {"path": "x"}, "train": {"steps": 1}}
+    config = Config.model_validate({**tree, "memory": {"resident_blocks": resident}})
+    assemble.check_sharded("none", config)
+    with pytest.raises(ConfigError, match="can't be streamed") if refused else nullcontext():
+        assemble.check_sharded("fsdp2", config)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +121,7 @@ def test_fsdp2_of_torch_2_11_cuts_no_bytes(
 ) -> None:
     tree = {"name": "x", "data": {"path": "x"}, "train": {"steps": 1}}
     config = Config.model_validate({**tree, "base": {"quantize": quantize}})
-    memory = assemble.Memory.of(config.memory, double=1, single=1)
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     says = r"base\.quantize: .* 2\.11\.0.* torch 2\.12 or newer, or launch .*deepspeed\.yaml"
     with pytest.raises(MachineError, match=says) if refused else nullcontext():
-        assemble.check_sharded(sharding, memory, config)
+        assemble.check_sharded(sharding, config)

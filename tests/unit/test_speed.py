@@ -1,6 +1,5 @@
 """The fast path: it computes what the plain one does, in few graphs, and comes off again."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,6 @@ from train.memory import recompute
 CPU = torch.device("cpu")
 GEOMETRIES = ((4, 4), (4, 6), (8, 4), (3, 5), (5, 5), (7, 4))
 LORA = LoraConfig(rank=4)
-
-
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    torch.compiler.reset()
-    counters.clear()
-    with ExitStack() as stack:
-        yield stack
 
 
 def model(*, checkpointing: bool = False, double: int = 2, single: int = 2) -> Any:

@@ -111,17 +111,7 @@ def _tensors(
             yield f"{flat}.alpha", torch.tensor(float(rank))
         return
     name = f"lora_unet_{weight.replace('.', '_')}" if kohya else f"diffusion_model.{weight}"
-    update = fused(weight, group)
-    if isinstance(update, Kronecker):
-        yield from _lokr(name, update, dtype, weight, outcome)
-        return
-    down, up = _halves(update, dtype, weight, outcome)
-    yield f"{name}.{'lora_down' if kohya else 'lora_A'}.weight", down
-    yield f"{name}.{'lora_up' if kohya else 'lora_B'}.weight", up
-    if kohya:
-        yield f"{name}.alpha", torch.tensor(float(update.rank))
-    if update.magnitude is not None:
-        yield _magnitude(name, update.magnitude, layout, weight)
+    yield from _update(name, fused(weight, group), layout, dtype, weight, outcome)
 
 
 def _by_module(
@@ -129,15 +119,29 @@ def _by_module(
 ) -> Iterator[Named]:
     """Under diffusers' names, which ComfyUI takes for those rows of its weight."""
     for module, update in group.items():
-        name = f"{PREFIX}{module}"
-        if isinstance(update, Kronecker):
-            yield from _lokr(name, update, dtype, module, outcome)
-            continue
-        down, up = _halves(update, dtype, module, outcome)
-        yield f"{name}.lora_A.weight", down
-        yield f"{name}.lora_B.weight", up
-        if update.magnitude is not None:
-            yield _magnitude(name, update.magnitude, layout, module)
+        yield from _update(f"{PREFIX}{module}", update, layout, dtype, module, outcome)
+
+
+def _update(
+    name: str,
+    update: Update,
+    layout: str,
+    dtype: torch.dtype | None,
+    module: str,
+    outcome: Outcome,
+) -> Iterator[Named]:
+    """All tensors of one, under its name in the file."""
+    if isinstance(update, Kronecker):
+        yield from _lokr(name, update, dtype, module, outcome)
+        return
+    kohya = layout == "kohya"
+    down, up = _halves(update, dtype, module, outcome)
+    yield f"{name}.{'lora_down' if kohya else 'lora_A'}.weight", down
+    yield f"{name}.{'lora_up' if kohya else 'lora_B'}.weight", up
+    if kohya:
+        yield f"{name}.alpha", torch.tensor(float(update.rank))
+    if update.magnitude is not None:
+        yield _magnitude(name, update.magnitude, layout, module)
 
 
 def _magnitude(name: str, magnitude: Tensor, layout: str, module: str) -> Named:

@@ -1,6 +1,5 @@
 """Every kind of adapter in a compiled block: one graph, and the gradients of the plain one."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,14 +22,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "peft": {"compute": "fp32"},
 }
 """Settings of an adapter; peft: with its own forward."""
-
-
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    torch.compiler.reset()
-    counters.clear()
-    with ExitStack() as stack:
-        yield stack
 
 
 def block(settings: dict[str, Any]) -> Any:
